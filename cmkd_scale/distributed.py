@@ -1,0 +1,161 @@
+"""Rank, world size and the few collectives of the project; silent with no process group.
+
+The only importer of ``torch.distributed``. Every function is correct in a program that
+was started without a launcher: rank 0 of 1, reductions return their input.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cmkd_scale.errors import UsageError
+
+
+def is_initialized() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Index of this process, 0 without a process group."""
+    return dist.get_rank() if is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum ``tensor`` over ranks in place and return it."""
+    if is_initialized():
+        wire = _on_wire(tensor)
+        dist.all_reduce(wire)
+        if wire is not tensor:
+            tensor.copy_(wire)
+    return tensor
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate tensors [n_r, ...] of all ranks in rank order; n_r may differ and be 0.
+
+    Rows are padded to the longest rank's count and sent as one contiguous tensor: object
+    collectives would pickle them.
+    """
+    if world_size() == 1:
+        return rows
+    counts = gather_integers(len(rows))
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = _all_gather(padded)
+    whole = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return whole.to(rows.device)
+
+
+def gather_integers(value: int) -> list[int]:
+    """The ``value`` of each rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    mine = torch.tensor([value], dtype=torch.int64)
+    return [int(part.item()) for part in _all_gather(mine)]
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    wire = _on_wire(tensor)
+    gathered = [torch.empty_like(wire) for _ in range(world_size())]
+    dist.all_gather(gathered, wire)
+    return gathered
+
+
+def _on_wire(tensor: Tensor) -> Tensor:
+    """``tensor`` where the backend can send it: NCCL moves device tensors only."""
+    return tensor.contiguous().cuda() if dist.get_backend() == "nccl" else tensor.contiguous()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is set on any rank: the same answer on every rank."""
+    return any(gather_integers(int(flag)))
+
+
+def check_world(seen_by_trainer: int, configured: int | None) -> None:
+    """Refuse a launch whose world is not what it seems.
+
+    Three launches silently train something else than was asked for: ``accelerate launch
+    --cpu --num_processes 2`` starts one process; ``--multi_gpu`` on a CPU without
+    ``ACCELERATE_USE_CPU`` starts two independent trainings; DeepSpeed on a CPU without the
+    gloo backend makes every rank believe that it is alone.
+
+    Args:
+        seen_by_trainer: number of processes that the trainer (Accelerate) counts.
+        configured: ``run.world_size`` of the config, or None if not set.
+
+    Raises:
+        UsageError: naming the numbers that disagree and launch lines that work.
+    """
+    claims = {
+        "processes in the trainer": seen_by_trainer,
+        "processes in the process group": world_size(),
+    }
+    if "WORLD_SIZE" in os.environ:
+        claims["WORLD_SIZE set by the launcher"] = int(os.environ["WORLD_SIZE"])
+    if configured is not None:
+        claims["run.world_size in the config"] = configured
+    asked = _processes_asked_of_accelerate()
+    if asked is not None and "WORLD_SIZE" not in os.environ:
+        claims["--num_processes given to accelerate launch"] = asked
+    if len(set(claims.values())) > 1:
+        stated = ", ".join(f"{name}: {value}" for name, value in claims.items())
+        raise UsageError(
+            f"This launch is not what it seems ({stated}); it would train something else than "
+            "was asked for. On CPUs launch with `ACCELERATE_USE_CPU=true accelerate launch "
+            "--multi_gpu --num_processes N --num_machines 1 --mixed_precision no "
+            "--dynamo_backend no -m cmkd_scale ...` or `ACCELERATE_USE_CPU=true torchrun "
+            "--nproc_per_node N -m cmkd_scale ...`, and keep run.world_size equal to N or unset."
+        )
+
+
+def _processes_asked_of_accelerate() -> int | None:
+    """The ``--num_processes`` on the command line of our parent, if that is accelerate launch.
+
+    The simple launcher drops the number without a trace in the environment, so its command
+    line is the only witness.
+    """
+    try:
+        command = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
+    return processes_on_command_line(command)
+
+
+def processes_on_command_line(command: Sequence[str]) -> int | None:
+    """Read ``--num_processes N`` out of an ``accelerate launch`` command line.
+
+    Returns None when the command is something else or does not give a number.
+    """
+    words = list(command)
+    names = [os.path.basename(word) for word in words[:3]]
+    if not any(name.startswith("accelerate") for name in names) or "launch" not in words[:4]:
+        return None
+    for position, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes"):
+            text = value or (words[position + 1] if position + 1 < len(words) else "")
+            return int(text) if text.isdigit() else None
+    return None
