@@ -1,0 +1,1 @@
+"""The prototype memory: the teacher's global class-conditional feature distribution."""
