@@ -1,0 +1,1 @@
+"""Networks for one modality: encoder, projection to the shared space, head."""

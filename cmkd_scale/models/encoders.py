@@ -1,0 +1,164 @@
+"""Encoders built from a ``transformers`` configuration; nothing is downloaded.
+
+The only importer of ``transformers`` models. An encoder maps a batch of one modality to
+``(pooled [B, W], stages)`` and states its width W as ``out_dim``. No layer here mixes the
+samples of a batch: BatchNorm would make the result depend on how a batch is split over
+processes, so it is replaced by GroupNorm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cmkd_scale.errors import UsageError, did_you_mean
+
+
+class ResNetEncoder(nn.Module):
+    """A ResNet (He et al. 2016) over images or log-mels, pooled to a small grid.
+
+    The grid keeps what is left and right (or early and late) apart, which a global mean
+    would lose: "27" and "72" must differ.
+    """
+
+    def __init__(
+        self, *, channels: int, width: int, depth: int, pool_grid: tuple[int, int] = (1, 4)
+    ) -> None:
+        """Build for inputs [B, channels, height, width].
+
+        Args:
+            channels: channels of the input.
+            width: channels of the first stage; doubled at each of three stages.
+            depth: residual blocks a stage.
+            pool_grid: rows and columns of the pooled map.
+        """
+        from transformers import ResNetConfig, ResNetModel
+
+        super().__init__()
+        widths = [width, 2 * width, 4 * width]
+        config = ResNetConfig(
+            num_channels=channels,
+            embedding_size=width,
+            hidden_sizes=widths,
+            depths=[depth] * len(widths),
+            layer_type="basic",
+        )
+        self.backbone = ResNetModel(config)
+        # The stem's max-pool would shrink inputs of a few dozen pixels to almost nothing.
+        setattr(self.backbone.embedder, "pooler", nn.Identity())  # noqa: B010
+        batch_norm_to_group_norm(self.backbone)
+        self.pool = nn.AdaptiveAvgPool2d(pool_grid)
+        self.out_dim = widths[-1] * pool_grid[0] * pool_grid[1]
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Map [B, channels, height, width] to ([B, W], stages)."""
+        output = self.backbone(inputs, output_hidden_states=True)
+        pooled = self.pool(output.last_hidden_state).flatten(1)
+        return pooled, tuple(output.hidden_states[1:])
+
+
+class ByteTransformer(nn.Module):
+    """A small BERT (Devlin et al. 2019) over bytes, mean-pooled over what is not padding."""
+
+    def __init__(self, *, max_bytes: int, width: int, depth: int) -> None:
+        """Build for inputs [B, max_bytes] of byte value + 1, where 0 is padding.
+
+        Args:
+            max_bytes: longest input.
+            width: hidden width, a multiple of 4.
+            depth: layers.
+        """
+        from transformers import BertConfig, BertModel
+
+        super().__init__()
+        config = BertConfig(
+            vocab_size=257,
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=4,
+            intermediate_size=4 * width,
+            max_position_embeddings=max_bytes,
+            # Dropout masks would depend on how a batch is split over processes.
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=0,
+        )
+        self.backbone = BertModel(config, add_pooling_layer=False)
+        self.out_dim = width
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Map int64 [B, max_bytes] to ([B, W], stages)."""
+        mask = inputs != 0
+        output = self.backbone(inputs, attention_mask=mask.long(), output_hidden_states=True)
+        weights = mask.unsqueeze(-1).to(output.last_hidden_state.dtype)
+        total = (output.last_hidden_state * weights).sum(1)
+        return total / weights.sum(1).clamp(min=1.0), tuple(output.hidden_states[1:])
+
+
+def batch_norm_to_group_norm(module: nn.Module, channels_per_group: int = 8) -> None:
+    """Replace every ``BatchNorm2d`` inside ``module`` by a fresh GroupNorm (Wu and He 2018)."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            groups = max(1, child.num_features // channels_per_group)
+            setattr(module, name, nn.GroupNorm(groups, child.num_features))
+        else:
+            batch_norm_to_group_norm(child, channels_per_group)
+
+
+def _resnet(shape: tuple[int, ...], width: int, depth: int) -> nn.Module:
+    return ResNetEncoder(channels=shape[0], width=width, depth=depth)
+
+
+def _byte_transformer(shape: tuple[int, ...], width: int, depth: int) -> nn.Module:
+    return ByteTransformer(max_bytes=shape[0], width=width, depth=depth)
+
+
+ENCODERS: dict[str, Callable[[tuple[int, ...], int, int], nn.Module]] = {
+    "resnet": _resnet,
+    "byte_transformer": _byte_transformer,
+}
+"""Name -> builder of (input shape, width, depth)."""
+
+INPUT_RANK = {"resnet": 3, "byte_transformer": 1}
+"""Dimensions of one input sample that an encoder expects."""
+
+
+def build_encoder(name: str | None, shape: tuple[int, ...], width: int, depth: int) -> nn.Module:
+    """Build an encoder for samples of ``shape``.
+
+    Args:
+        name: key of ``ENCODERS``, or None for the usual one of that shape.
+        shape: shape of one decoded sample.
+        width: channels or hidden width.
+        depth: blocks a stage, or layers.
+
+    Raises:
+        UsageError: unknown name, a name that does not fit the shape, or a bad width.
+    """
+    if name is None:
+        name = next(known for known, rank in INPUT_RANK.items() if rank == len(shape))
+    if name not in ENCODERS:
+        raise UsageError(f"model.encoder '{name}' is unknown; {did_you_mean(name, ENCODERS)}")
+    if INPUT_RANK[name] != len(shape):
+        fitting = next(known for known, rank in INPUT_RANK.items() if rank == len(shape))
+        raise UsageError(
+            f"model.encoder '{name}' takes samples with {INPUT_RANK[name]} dimensions, but this "
+            f"modality's have shape {list(shape)}; use model.encoder={fitting}."
+        )
+    if width % 8:
+        raise UsageError(f"model.width {width} must be a multiple of 8.")
+    return ENCODERS[name](shape, width, depth)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def as_model_dtype(inputs: Tensor, module: nn.Module) -> Tensor:
+    """Cast floating inputs to the module's parameter type; indices pass unchanged."""
+    if not inputs.is_floating_point():
+        return inputs
+    return inputs.to(next(module.parameters(), torch.empty(0)).dtype)

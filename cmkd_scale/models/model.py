@@ -1,0 +1,58 @@
+"""encoder + projection + head -> ModelOutput: the one model of teachers and students."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cmkd_scale.models.encoders import as_model_dtype, build_encoder
+from cmkd_scale.records import ModelOutput
+
+
+class Model(nn.Module):
+    """A network for one modality.
+
+    The projection maps the encoder's output to the shared feature space of width D, the
+    space in which a student meets the memory's prototypes; the head is linear, so a
+    teacher's head can be handed to a student.
+    """
+
+    def __init__(self, encoder: nn.Module, *, encoder_dim: int, feature_dim: int, classes: int):
+        """Join an encoder of width ``encoder_dim`` to ``classes`` scores.
+
+        Args:
+            encoder: maps inputs to ``(pooled [B, encoder_dim], stages)``.
+            encoder_dim: width of the pooled output.
+            feature_dim: width D of the shared feature space.
+            classes: number of classes C.
+        """
+        super().__init__()
+        self.encoder = encoder
+        self.projection = nn.Sequential(
+            nn.Linear(encoder_dim, feature_dim), nn.LayerNorm(feature_dim)
+        )
+        self.head = nn.Linear(feature_dim, classes)
+
+    def forward(self, inputs: Tensor) -> ModelOutput:
+        """Map a batch of inputs to features [B, D], logits [B, C] and the encoder's stages."""
+        pooled, stages = self.encoder(as_model_dtype(inputs, self.encoder))
+        features = self.projection(pooled)
+        return ModelOutput(features=features, logits=self.head(features), stages=stages)
+
+
+def build_model(
+    *,
+    encoder: str | None,
+    shape: tuple[int, ...],
+    width: int,
+    depth: int,
+    feature_dim: int,
+    classes: int,
+) -> Model:
+    """Build a model for samples of ``shape``; see ``build_encoder`` for the errors raised."""
+    network = build_encoder(encoder, shape, width, depth)
+    return Model(
+        network,
+        encoder_dim=int(network.out_dim),  # type: ignore[arg-type]
+        feature_dim=feature_dim,
+        classes=classes,
+    )
