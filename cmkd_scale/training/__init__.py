@@ -1,0 +1,1 @@
+"""Machinery of training: engine, the one step loop, checkpoints, methods."""

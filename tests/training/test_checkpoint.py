@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.training import checkpoint as module
+from cmkd_scale.training.checkpoint import (
+    Checkpoint,
+    load_newest,
+    problems,
+    save_checkpoint,
+)
+from tests.conftest import REPOSITORY
+
+
+def example(step: int) -> Checkpoint:
+    tensors = {"weight": torch.full((3, 2), float(step)), "empty": torch.zeros(0)}
+    return Checkpoint(
+        state={"step": step, "loader": {"epoch": 1, "position": step}},
+        files={"model.safetensors": tensors, "optimizer/state.safetensors": {"m": torch.ones(2)}},
+    )
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, example(7), keep=2)
+    assert path.name == "step_00000007"
+    assert sorted(p.name for p in path.iterdir()) == [
+        "COMPLETE",
+        "manifest.json",
+        "model.safetensors",
+        "optimizer",
+        "state.json",
+    ]
+    assert (tmp_path / "latest").resolve() == path.resolve()
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert found[0].state == example(7).state
+    assert torch.equal(found[0].files["model.safetensors"]["weight"], torch.full((3, 2), 7.0))
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        save_checkpoint(tmp_path, example(step), keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000003", "step_00000010"]
+
+
+def test_nothing_saved_is_not_an_error(tmp_path: Path) -> None:
+    assert load_newest(tmp_path) is None
+    assert load_newest(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json", "COMPLETE"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_newest_falls_back_to_the_one_before(
+    tmp_path: Path, name: str, damage: str
+) -> None:
+    save_checkpoint(tmp_path, example(1), keep=3)
+    newest = save_checkpoint(tmp_path, example(2), keep=3)
+    harm(newest / name, damage)
+    found = load_newest(tmp_path)
+    assert found is not None
+    expected = 2 if name == "COMPLETE" and damage != "remove" else 1
+    assert found[0].state["step"] == expected
+
+
+def test_if_none_is_valid_it_says_so(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, example(1), keep=3)
+    harm(path / "model.safetensors", "flip")
+    with pytest.raises(IntegrityError, match=r"model\.safetensors does not match its SHA-256"):
+        load_newest(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, example(1), keep=3)
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    assert "version 2" in problems(path)[0]
+
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from cmkd_scale.training import checkpoint
+from tests.training.test_checkpoint import example
+
+stop_at, calls = int(sys.argv[2]), 0
+real = os.fsync
+
+def fsync(handle):
+    global calls
+    if calls == stop_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls += 1
+    real(handle)
+
+os.fsync = fsync
+checkpoint.save_checkpoint(Path(sys.argv[1]), example(2), keep=1)
+print("calls", calls)
+"""
+
+
+def test_a_writer_killed_at_any_point_leaves_a_valid_newest(tmp_path: Path) -> None:
+    outcomes = []
+    for stop_at in range(40):
+        directory = tmp_path / str(stop_at)
+        save_checkpoint(directory, example(1), keep=1)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED_WRITER, str(directory), str(stop_at)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            check=False,
+        )
+        found = load_newest(directory)
+        assert found is not None
+        outcomes.append(found[0].state["step"])
+        save_checkpoint(directory, example(3), keep=1)
+        assert not list(directory.glob(".step_*")), "leftovers of the killed writer are cleared"
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+    assert done.returncode == 0, "the last attempt must have run to its end"
+    assert outcomes[0] == 1
+    assert outcomes[-1] == 2
+
+
+def test_a_full_disk_is_explained_and_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, example(1), keep=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        save_checkpoint(tmp_path, example(2), keep=1)
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert found[0].state["step"] == 1
+    assert not list(tmp_path.glob(".step_*"))
+
+
+def harm(path: Path, damage: str) -> None:
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    elif damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif content:
+        middle = len(content) // 2
+        flipped = bytes([content[middle] ^ 1])
+        path.write_bytes(content[:middle] + flipped + content[middle + 1 :])

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from cmkd_scale.config import make_config
+from cmkd_scale.training.loop import learning_rate_at
+
+
+def test_the_schedule_warms_up_and_ends_near_zero() -> None:
+    config = make_config({"train": {"steps": 100, "warmup_steps": 10, "learning_rate": 0.5}}).train
+    rates = [learning_rate_at(step, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(0.5)
+    assert rates[55] == pytest.approx(0.25, rel=1e-3)
+    assert rates[99] == pytest.approx(0.25 * (1 + math.cos(math.pi * 89 / 90)))
+    assert all(one > other for one, other in zip(rates[10:], rates[11:], strict=False))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_runs_shorter_than_their_warm_up(steps: int) -> None:
+    config = make_config({"train": {"steps": steps, "warmup_steps": 20}}).train
+    rates = [learning_rate_at(step, config) for step in range(steps)]
+    assert all(0 < rate <= config.learning_rate for rate in rates)
