@@ -70,7 +70,7 @@ class ModelConfig(Section):
 
     encoder: str | None = None
     """Name in the table of encoders; unset takes the usual one of the modality."""
-    width: int = Field(32, ge=8)
+    width: int = Field(16, ge=8)
     """Channels of the encoder's first stage (ResNet) or its hidden width (transformer)."""
     depth: int = Field(1, ge=1)
     """Blocks a stage (ResNet) or layers (transformer)."""
@@ -121,9 +121,9 @@ class MethodConfig(Section):
 class TrainConfig(Section):
     """The one step loop."""
 
-    steps: int = Field(400, ge=1)
+    steps: int = Field(300, ge=1)
     """Optimiser steps."""
-    global_batch_size: int = Field(128, ge=1)
+    global_batch_size: int = Field(64, ge=1)
     """Samples a step over all processes."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak of the schedule."""
@@ -137,7 +137,7 @@ class TrainConfig(Section):
     """Autocast of the forward pass; losses are computed in float32 always."""
     log_every_steps: int = Field(10, ge=1)
     """Steps between two lines of ``metrics.jsonl``."""
-    checkpoint_every_steps: int = Field(200, ge=1)
+    checkpoint_every_steps: int = Field(100, ge=1)
     """Steps between two checkpoints; one more is written at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept."""

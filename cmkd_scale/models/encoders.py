@@ -46,8 +46,6 @@ class ResNetEncoder(nn.Module):
             layer_type="basic",
         )
         self.backbone = ResNetModel(config)
-        # The stem's max-pool would shrink inputs of a few dozen pixels to almost nothing.
-        setattr(self.backbone.embedder, "pooler", nn.Identity())  # noqa: B010
         batch_norm_to_group_norm(self.backbone)
         self.pool = nn.AdaptiveAvgPool2d(pool_grid)
         self.out_dim = widths[-1] * pool_grid[0] * pool_grid[1]

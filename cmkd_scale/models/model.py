@@ -27,8 +27,15 @@ class Model(nn.Module):
         """
         super().__init__()
         self.encoder = encoder
+        hidden = 2 * feature_dim
         self.projection = nn.Sequential(
-            nn.Linear(encoder_dim, feature_dim), nn.LayerNorm(feature_dim)
+            nn.Linear(encoder_dim, hidden),
+            nn.LayerNorm(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, feature_dim),
+            # Without a scale of its own, every modality's features have the same length, so
+            # that distances to another modality's prototypes are comparable.
+            nn.LayerNorm(feature_dim, elementwise_affine=False),
         )
         self.head = nn.Linear(feature_dim, classes)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def test_any_order_and_any_split_give_the_same_bits(order: list[int], cuts: list
     whole.update(features, labels)
     merged = Moments(4, 3)
     bounds = [0, *sorted(cuts), 24]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         part = Moments(4, 3)
         chosen = torch.tensor(order[start:stop], dtype=torch.int64)
         part.update(features[chosen], labels[chosen])

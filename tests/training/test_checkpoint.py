@@ -1,8 +1,7 @@
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from cmkd_scale.training.checkpoint import (
     problems,
     save_checkpoint,
 )
-from tests.conftest import REPOSITORY
 
 
 def example(step: int) -> Checkpoint:
@@ -83,50 +81,44 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     assert "version 2" in problems(path)[0]
 
 
-KILLED_WRITER = """
-import os, signal, sys
-from pathlib import Path
-from cmkd_scale.training import checkpoint
-from tests.training.test_checkpoint import example
+def save_and_be_killed(directory: Path, at_sync: int) -> int:
+    """Save in a forked process that is killed at its n-th flush; returns the wait status."""
+    child = os.fork()
+    if child == 0:
+        real, calls = os.fsync, 0
 
-stop_at, calls = int(sys.argv[2]), 0
-real = os.fsync
+        def fsync(handle: int) -> None:
+            nonlocal calls
+            if calls == at_sync:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+            real(handle)
 
-def fsync(handle):
-    global calls
-    if calls == stop_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    calls += 1
-    real(handle)
-
-os.fsync = fsync
-checkpoint.save_checkpoint(Path(sys.argv[1]), example(2), keep=1)
-print("calls", calls)
-"""
+        os.fsync = fsync  # type: ignore[assignment]
+        try:
+            save_checkpoint(directory, example(2), keep=1)
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
 
 
 def test_a_writer_killed_at_any_point_leaves_a_valid_newest(tmp_path: Path) -> None:
-    outcomes = []
-    for stop_at in range(40):
-        directory = tmp_path / str(stop_at)
+    newest_after = []
+    for at_sync in range(40):
+        directory = tmp_path / str(at_sync)
         save_checkpoint(directory, example(1), keep=1)
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED_WRITER, str(directory), str(stop_at)],
-            cwd=REPOSITORY,
-            capture_output=True,
-            check=False,
-        )
+        status = save_and_be_killed(directory, at_sync)
         found = load_newest(directory)
         assert found is not None
-        outcomes.append(found[0].state["step"])
+        newest_after.append(found[0].state["step"])
         save_checkpoint(directory, example(3), keep=1)
         assert not list(directory.glob(".step_*")), "leftovers of the killed writer are cleared"
-        if done.returncode == 0:
+        if status == 0:
             break
-        assert done.returncode == -signal.SIGKILL
-    assert done.returncode == 0, "the last attempt must have run to its end"
-    assert outcomes[0] == 1
-    assert outcomes[-1] == 2
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert status == 0, "the last attempt must have run to its end"
+    assert newest_after[0] == 1
+    assert newest_after[-1] == 2
 
 
 def test_a_full_disk_is_explained_and_harms_nothing(

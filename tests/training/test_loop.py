@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,7 @@ def test_the_schedule_warms_up_and_ends_near_zero() -> None:
     assert rates[10] == pytest.approx(0.5)
     assert rates[55] == pytest.approx(0.25, rel=1e-3)
     assert rates[99] == pytest.approx(0.25 * (1 + math.cos(math.pi * 89 / 90)))
-    assert all(one > other for one, other in zip(rates[10:], rates[11:], strict=False))
+    assert all(one > other for one, other in itertools.pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

@@ -1,0 +1,87 @@
+"""``builtin:DATASET/MODALITY``: bundled data, built into the cache on first use."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from cmkd_scale import distributed
+from cmkd_scale.data.build import build
+from cmkd_scale.data.datasets import DATASETS
+from cmkd_scale.errors import UsageError, did_you_mean
+
+PREFIX = "builtin:"
+_SAMPLES_PER_SHARD = 1000
+
+
+def cache_directory() -> Path:
+    """Where built data sets live: ``CMKD_CACHE``, or the user's cache directory."""
+    if "CMKD_CACHE" in os.environ:
+        return Path(os.environ["CMKD_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    return Path(base) / "cmkd_scale"
+
+
+def locate_shards(
+    address: str, *, source: Path | None = None, options: Mapping[str, str | int | float]
+) -> Path:
+    """The directory of shards that ``data.shards`` means; a collective call.
+
+    Args:
+        address: a directory, or ``builtin:DATASET/MODALITY``.
+        source: raw data for a builtin data set.
+        options: of the builtin data set's builder.
+
+    Raises:
+        UsageError: unknown data set or modality, or no such directory.
+    """
+    if not address.startswith(PREFIX):
+        if not Path(address).is_dir():
+            raise UsageError(
+                f"data.shards: there is no directory {address}. Build shards with `cmkd shards "
+                "build DATASET --out DIR`, or use data.shards=builtin:numbers/audio."
+            )
+        return Path(address)
+    name, _, modality = address.removeprefix(PREFIX).partition("/")
+    if name not in DATASETS:
+        raise UsageError(f"data.shards: no data set '{name}'; {did_you_mean(name, DATASETS)}")
+    dataset = DATASETS[name](source, {key: str(value) for key, value in options.items()})
+    if modality not in dataset.modalities:
+        raise UsageError(
+            f"data.shards: '{name}' has no modality '{modality}'; "
+            f"{did_you_mean(modality, dataset.modalities)}"
+        )
+    plan = {
+        "source": None if source is None else str(source.resolve()),
+        "options": {key: str(value) for key, value in sorted(options.items())},
+    }
+    fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
+    root = cache_directory() / f"{name}-{fingerprint}"
+    # One process of a job builds; the others wait and read. Rank 0's error reaches the
+    # others as a closed connection, so they need none of their own.
+    if distributed.is_main():
+        with _exclusive(root):
+            for split in dataset.splits:
+                build(
+                    dataset,
+                    root,
+                    modality=modality,
+                    split=split,
+                    samples_per_shard=_SAMPLES_PER_SHARD,
+                )
+    distributed.barrier()
+    return root / modality
+
+
+@contextmanager
+def _exclusive(root: Path) -> Iterator[None]:
+    """Let one job of this machine build into ``root`` at a time."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with root.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,51 @@
+"""Small files that are there with all of their content, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cmkd_scale.errors import IntegrityError
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """JSON with sorted keys: equal values give equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what ``to_json`` made.
+
+    Raises:
+        IntegrityError: the file holds anything but a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{path} is damaged: delete {path.parent} and build again.")
+    return value
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write and sync a file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory outlive a loss of power."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
