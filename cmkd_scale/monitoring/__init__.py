@@ -1,0 +1,1 @@
+"""Watching a run: metric vocabulary, sinks of a logged step, and the report."""

@@ -1,0 +1,84 @@
+"""A run on the console: a progress bar on a terminal, a few plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+_PLAIN_LINES = 20
+
+
+class ConsoleSink:
+    """Progress for a person; without a terminal about twenty lines a run.
+
+    Args:
+        total_steps: steps of the whole run.
+        title: what is running, for example the stage; shown first.
+        resume_step: the step that the run continues from.
+        console: where to write; standard error if None, so that stdout stays for ``--json``.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        title: str = "",
+        resume_step: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self._total = total_steps
+        self._prefix = f"{title} " if title else ""
+        self._stride = max(1, math.ceil(total_steps / _PLAIN_LINES))
+        self._next_line = resume_step
+        self._console = console or Console(stderr=True)
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[summary]}", markup=False),
+                console=self._console,
+            )
+            self._task = self._progress.add_task(
+                title, total=total_steps, completed=resume_step, summary=""
+            )
+            self._progress.start()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the step; without a terminal only the first and one in each twentieth part."""
+        summary = _summary(values)
+        if not summary:
+            return  # for example the line of a checkpoint
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, summary=summary)
+        elif step >= self._next_line or step == self._total:
+            self._next_line = (step // self._stride + 1) * self._stride
+            line = f"{self._prefix}step {step}/{self._total} {summary}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _summary(values: Mapping[str, float]) -> str:
+    """Return what follows the step on a console line; empty if nothing is to be shown."""
+    parts: list[str] = []
+    if "loss" in values:
+        parts.append(f"loss {values['loss']:.4g}")
+    if "learning_rate" in values:
+        parts.append(f"lr {values['learning_rate']:.2g}")
+    if "samples_per_second" in values:
+        parts.append(f"{values['samples_per_second']:,.0f} samples/s")
+    if math.isfinite(eta := values.get("eta_seconds", math.nan)):
+        minutes, seconds = divmod(round(max(eta, 0.0)), 60)
+        hours, minutes = divmod(minutes, 60)
+        parts.append(f"ETA {hours}:{minutes:02}:{seconds:02}")
+    if "test/accuracy" in values:
+        parts.append(f"test accuracy {values['test/accuracy']:.1%}")
+    return "  ".join(parts)

@@ -1,0 +1,165 @@
+"""The vocabulary of a running stage: what a logged step holds and which metric it feeds.
+
+A step is logged as a flat mapping of names to numbers. These names are the contract
+between the loop and everything that watches it (``metrics.jsonl``, console, exporter,
+report); ``samples_seen`` and the like count from step 0 also after a resume, so that
+nobody downstream has to know about restarts.
+
+============================ ============================================================
+``loss``                     total loss of the step, mean over the global batch
+``loss/<component>``         one component of it, before its weight
+``learning_rate``            of the step
+``grad_norm``                before clipping
+``samples_seen``             samples of the whole run, all ranks, since step 0
+``samples_per_second``       all ranks, mean since the previous logged step
+``step_seconds``             mean duration of a step since the previous logged step
+``data_wait_seconds``        spent waiting for data since the previous logged step
+``epoch_progress``           0..1, position in the current epoch
+``eta_seconds``              expected until the last step
+``alignment/marginal_error`` mean over classes of the L1 distance between the mass that
+                             prototypes received and the mass they should receive
+``checkpoint_seconds``       duration of a checkpoint that was just completed
+``checkpoint_failures``      checkpoints that this process could not write so far
+``test/accuracy``            result of an evaluation at this step, likewise any ``test/...``
+============================ ============================================================
+
+``METRICS`` is the one table of Prometheus metrics: base units, ``_total`` on counters,
+labels of few values, never a sample key. A metric is listed only if training feeds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+"""The Prometheus type of a metric."""
+
+Feed = Literal["value", "total", "increment", "steps", "time", "constant"]
+"""How a logged number becomes the metric's value:
+
+- ``value``: a gauge is set to it;
+- ``total``: a counter is raised to it (the number counts from step 0);
+- ``increment``: a counter grows by it (the number counts since the previous logged step);
+- ``steps``: a histogram observes it once for each step since the previous logged step;
+- ``time``: a gauge is set to the Unix time at which the key was logged;
+- ``constant``: set to 1 at the start; its labels carry the information.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One Prometheus metric and the keys of a logged step that feed it."""
+
+    name: str
+    """The exposed name, with its unit and ``_total``."""
+    kind: Kind
+    help: str
+    feed: Feed
+    keys: tuple[str, ...] = ()
+    """Keys of a logged step; ``prefix/*`` takes every key below it as the label's value."""
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram in its unit, without infinity."""
+
+
+TOTAL_LOSS = "total"
+"""Value of the label ``component`` under which the key ``loss`` appears."""
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "cmkd_build_info",
+        "gauge",
+        "Versions of the program that runs; always 1.",
+        "constant",
+        labels=("version", "torch", "python"),
+    ),
+    Metric(
+        "cmkd_train_step",
+        "gauge",
+        "Last logged optimiser step.",
+        "value",
+        keys=("step",),
+    ),
+    Metric(
+        "cmkd_train_last_step_timestamp_seconds",
+        "gauge",
+        "Unix time at which a step was last logged.",
+        "time",
+        keys=("step",),
+    ),
+    Metric(
+        "cmkd_train_samples_total",
+        "counter",
+        "Training samples of the whole run on all ranks, restarts included.",
+        "total",
+        keys=("samples_seen",),
+        labels=("modality",),
+    ),
+    Metric(
+        "cmkd_train_loss",
+        "gauge",
+        "Loss of the last logged step, in total and by component.",
+        "value",
+        keys=("loss", "loss/*"),
+        labels=("component",),
+    ),
+    Metric(
+        "cmkd_train_step_duration_seconds",
+        "histogram",
+        "Duration of an optimiser step, averaged between two logged steps.",
+        "steps",
+        keys=("step_seconds",),
+        buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+    ),
+    Metric(
+        "cmkd_data_wait_seconds_total",
+        "counter",
+        "Seconds that training spent waiting for data.",
+        "increment",
+        keys=("data_wait_seconds",),
+    ),
+    Metric(
+        "cmkd_data_epoch_progress_ratio",
+        "gauge",
+        "Position in the current epoch, 0 to 1.",
+        "value",
+        keys=("epoch_progress",),
+        labels=("modality",),
+    ),
+    Metric(
+        "cmkd_alignment_marginal_error",
+        "gauge",
+        "Mean over classes of the L1 distance of received to wanted prototype mass.",
+        "value",
+        keys=("alignment/marginal_error",),
+    ),
+    Metric(
+        "cmkd_checkpoint_duration_seconds",
+        "gauge",
+        "Duration of the last completed checkpoint.",
+        "value",
+        keys=("checkpoint_seconds",),
+    ),
+    Metric(
+        "cmkd_checkpoint_last_success_timestamp_seconds",
+        "gauge",
+        "Unix time at which a checkpoint was last completed.",
+        "time",
+        keys=("checkpoint_seconds",),
+    ),
+    Metric(
+        "cmkd_checkpoint_failures_total",
+        "counter",
+        "Checkpoints that this process could not write.",
+        "total",
+        keys=("checkpoint_failures",),
+    ),
+    Metric(
+        "cmkd_eta_seconds",
+        "gauge",
+        "Expected seconds until the last step.",
+        "value",
+        keys=("eta_seconds",),
+    ),
+)
