@@ -1,0 +1,57 @@
+"""``cmkd methods`` and ``cmkd memory-info``: what is on offer, what is in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cmkd_scale.memory.bank import FILE_NAME, load_memory
+from cmkd_scale.training.methods import METHODS
+
+
+def methods() -> list[dict[str, Any]]:
+    """The method table: what each row needs and its default weights."""
+    return [
+        {
+            "name": name,
+            "summary": method.summary,
+            "needs_memory": method.needs_memory,
+            "needs_pairs": False,
+            "needs_live_teacher": False,
+            "needs_teacher_data": False,
+            "needs_student_labels": True,
+            "weights": dict(method.weights),
+            "source": method.source,
+        }
+        for name, method in METHODS.items()
+    ]
+
+
+def memory_info(path: Path) -> dict[str, Any]:
+    """Classes, prototypes, masses, digest and provenance of a memory file.
+
+    Raises:
+        UsageError: there is none.
+        IntegrityError: it is damaged.
+    """
+    memory = load_memory(path)
+    file = path / FILE_NAME if path.is_dir() else path
+    per_class = memory.prototype_class.bincount(minlength=len(memory.class_names))
+    known = [int(count) for count in per_class if count > 0]
+    return {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "classes": len(memory.class_names),
+        "classes_with_prototypes": len(known),
+        "prototypes": len(memory.prototypes),
+        "prototypes_per_class": {"smallest": min(known), "largest": max(known)},
+        "smallest_mass": float(memory.prototype_mass.min()),
+        "largest_mass": float(memory.prototype_mass.max()),
+        "feature_dim": memory.feature_dim,
+        "samples": int(memory.class_count.sum()),
+        "temperature": memory.temperature,
+        "cost_scale": float(memory.cost_scale),
+        "mean_held_out_risk": float(memory.class_risk.nanmean()),
+        "digest": memory.digest(),
+        "provenance": dict(memory.provenance),
+    }

@@ -1,0 +1,1 @@
+"""Recipes: one stage a file, each a verb of the command line."""

@@ -1,0 +1,178 @@
+"""``cmkd memory``: the frozen teacher passes once over its shards; prototypes remain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from cmkd_scale import distributed
+from cmkd_scale.config import Config, with_changes
+from cmkd_scale.data.order import mix64
+from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.memory.bank import FILE_NAME, load_memory, save_memory
+from cmkd_scale.memory.build import TeacherSamples, build_memory
+from cmkd_scale.memory.statistics import Moments
+from cmkd_scale.stages.common import (
+    SplitData,
+    Trained,
+    load_trained,
+    make_modality,
+    open_run,
+    open_split,
+    start_engine,
+    weights_digest,
+    write_results,
+)
+from cmkd_scale.stages.evaluate import infer
+
+
+def memory(config: Config) -> dict[str, Any]:
+    """Build ``run.dir/memory.safetensors`` from ``teacher.run``; returns ``results.json``.
+
+    The shards are ``data.shards``, or those that the teacher was trained on. The digest is
+    the same for every number of processes: batches have the same samples whatever the world,
+    and CPUs compute on one thread.
+
+    Raises:
+        UsageError: no teacher there, or shards with other labels than its own.
+    """
+    began = time.perf_counter()
+    config.require("teacher.run")
+    run = Path(str(config.teacher.run))
+    trained = load_trained(run, "teacher")
+    if config.data.shards is None:
+        shards = trained.config.model_dump(mode="json")["data"]
+        keys = ("shards", "modality", "source", "options")
+        config = with_changes(config, {f"data.{key}": shards[key] for key in keys})
+    engine = start_engine(config)
+    data = _open_for(trained, config, config.data.train_split)
+    held_out = _open_for(trained, config, config.data.validation_split)
+    directory = open_run(config, "memory")
+    with _one_thread():
+        samples = _pass_over(trained, data, held_out, config, engine.device)
+        result = build_memory(
+            samples,
+            class_names=trained.spec.label_names,
+            head_weight=trained.model.head.weight,
+            head_bias=trained.model.head.bias,
+            prototypes_per_class=config.memory.prototypes_per_class,
+            temperature=config.memory.temperature,
+            seed=config.run.seed,
+            provenance={
+                "teacher_run": str(run),
+                "teacher_weights": weights_digest(trained.model),
+                "teacher_step": trained.state["step"],
+                "modality": trained.spec.modality,
+                "shards": data.reader.manifest.name,
+                "manifest": data.reader.manifest.digest,
+            },
+        )
+    file = directory / FILE_NAME
+    if distributed.is_main():
+        save_memory(result, file)
+    distributed.barrier()
+    digest = load_memory(file).digest()
+    if digest != result.digest():
+        raise IntegrityError(
+            f"Rank {distributed.rank()} built another memory than rank 0 "
+            f"({result.digest()[:12]} and {digest[:12]}); are all processes on equal machines?"
+        )
+    known = result.class_count > 0
+    return write_results(
+        directory,
+        stage="memory",
+        config=config,
+        began=began,
+        method=None,
+        metrics={
+            "memory/classes": int(known.sum()),
+            "memory/prototypes": len(result.prototypes),
+            "memory/samples": int(result.class_count.sum()),
+            "memory/mean_radius": float((result.radius * result.prototype_mass).sum())
+            / max(1, int(known.sum())),
+            "teacher/held_out_cross_entropy": float(result.class_risk.nanmean()),
+        },
+        memory_digest=digest,
+        memory_file=str(file),
+        empty_classes=[
+            name
+            for name, count in zip(result.class_names, result.class_count, strict=True)
+            if count == 0
+        ],
+    )
+
+
+def _open_for(trained: Trained, config: Config, split: str) -> SplitData:
+    """A split as the teacher reads it."""
+    data = open_split(with_changes(config, {"data.transform": trained.spec.transform}), split)
+    if data.label_names != trained.spec.label_names:
+        raise UsageError(
+            f"The teacher was trained on other label names than those of "
+            f"{data.reader.manifest.directory}; give it its own shards with data.shards=DIR."
+        )
+    modality = make_modality(trained.spec.modality, trained.spec.transform)
+    return SplitData(data.reader, modality, data.label_names)
+
+
+def _pass_over(
+    trained: Trained,
+    data: SplitData,
+    held_out: SplitData,
+    config: Config,
+    device: torch.device,
+) -> TeacherSamples:
+    """This rank's share of the teacher's pass over its data."""
+    model = trained.model.to(device)
+    classes = len(data.label_names)
+    places, labels, features, logits = infer(
+        model, data, device, batch_size=config.memory.batch_size
+    )
+    moments = Moments(classes, features.shape[1])
+    moments.update(features, labels)
+    kept = torch.from_numpy(
+        np.isin(places.numpy(), _sample_of_each_class(data, config.memory.max_samples_per_class))
+    )
+    _, truth, _, scores = infer(model, held_out, device, batch_size=config.memory.batch_size)
+    risk = Moments(classes, 1)
+    cross_entropy = functional.cross_entropy(scores.double(), truth, reduction="none")
+    risk.update(cross_entropy.unsqueeze(1), truth)
+    return TeacherSamples(
+        index=places[kept],
+        labels=labels[kept],
+        features=features[kept],
+        logits=logits[kept],
+        moments=moments,
+        risk=risk,
+    )
+
+
+def _sample_of_each_class(data: SplitData, limit: int) -> NDArray[np.int64]:
+    """At most ``limit`` places a class, chosen by a hash of the place: free of ranks."""
+    places = data.labelled()
+    labels = data.reader.index.labels[places]
+    order = np.lexsort((mix64(places.astype(np.uint64)), labels))
+    counts = np.bincount(labels, minlength=len(data.label_names))
+    starts = np.cumsum(counts) - counts
+    rank_in_class = np.arange(len(places)) - starts[labels[order]]
+    chosen: NDArray[np.int64] = places[order[rank_in_class < limit]]
+    return chosen
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one CPU thread: launchers give processes different numbers of threads, and
+    sums of several threads differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

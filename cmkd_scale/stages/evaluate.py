@@ -1,0 +1,143 @@
+"""``cmkd evaluate``: accuracy of a trained model on a split, each sample counted once."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cmkd_scale import distributed
+from cmkd_scale.config import Config
+from cmkd_scale.data.loader import ordered_batches
+from cmkd_scale.errors import UsageError
+from cmkd_scale.memory.sync import gather_sorted
+from cmkd_scale.models.model import Model
+from cmkd_scale.stages.common import (
+    SplitData,
+    load_trained,
+    make_modality,
+    open_split,
+    start_engine,
+    write_results,
+)
+
+_BATCH_SIZE = 128
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of ``run.dir`` on ``data.test_split``.
+
+    Writes ``evaluation.json`` and ``predictions.safetensors`` into the run directory.
+
+    Raises:
+        UsageError: there is no trained model, or the split has other labels than it.
+    """
+    began = time.perf_counter()
+    engine = start_engine(config)
+    config.require("run.dir")
+    directory = Path(str(config.run.dir))
+    trained = load_trained(directory, "student")
+    data = open_split(config, config.data.test_split)
+    if data.label_names != trained.spec.label_names:
+        raise UsageError(
+            f"The model in {directory} was trained on other label names than those of "
+            f"{data.reader.manifest.directory}; evaluate it on shards with its own labels."
+        )
+    data = SplitData(
+        data.reader, make_modality(trained.spec.modality, trained.spec.transform), data.label_names
+    )
+    metrics = evaluate_model(trained.model, data, engine.device, directory)
+    return write_results(
+        directory,
+        stage="evaluate",
+        config=config,
+        metrics=metrics,
+        began=began,
+        name="evaluation.json",
+        steps=trained.state["step"],
+        split=config.data.test_split,
+    )
+
+
+@torch.no_grad()
+def infer(
+    model: nn.Module, data: SplitData, device: torch.device, *, batch_size: int = _BATCH_SIZE
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pass this rank's share of the labelled samples through a model; no collectives.
+
+    Returns:
+        Places [n] int64, labels [n], features [n, D] and logits [n, C] on the CPU.
+    """
+    model.eval()
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    batches = ordered_batches(
+        data.reader,
+        data.modality,
+        data.labelled(),
+        batch_size=batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    for where, batch in batches:
+        output = model(batch.inputs.to(device))
+        parts.append(
+            (
+                torch.from_numpy(where),
+                batch.labels,
+                output.features.float().cpu(),
+                output.logits.float().cpu(),
+            )
+        )
+    if not parts:
+        # More ranks than batches: an empty share with the right widths.
+        shape = (0, *data.modality.shape)
+        kind = torch.int64 if len(data.modality.shape) == 1 else torch.float32
+        output = model(torch.zeros(shape, dtype=kind, device=device))
+        empty = torch.zeros(0, dtype=torch.int64)
+        return empty, empty.clone(), output.features.float().cpu(), output.logits.float().cpu()
+    places, labels, features, logits = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return places, labels, features, logits
+
+
+def evaluate_model(
+    model: Model, data: SplitData, device: torch.device, directory: Path | None
+) -> dict[str, Any]:
+    """Accuracy, cross-entropy and per-class accuracy on a split; a collective call.
+
+    Args:
+        model: moved to ``device`` and put into eval mode.
+        data: the split.
+        device: where to compute.
+        directory: where rank 0 writes ``predictions.safetensors``; None writes nothing.
+    """
+    model.to(device)
+    places, labels, features, logits = infer(model, data, device)
+    places, labels, features, logits = gather_sorted(places, labels, features, logits)
+    predictions = logits.argmax(1)
+    correct = (predictions == labels).numpy()
+    if directory is not None and distributed.is_main():
+        tensors = {"labels": labels, "predictions": predictions, "features": features}
+        save_file(
+            tensors,
+            str(directory / "predictions.safetensors"),
+            metadata={"label_names": json.dumps(data.label_names)},
+        )
+    truth = labels.numpy()
+    per_class = {
+        name: float(correct[truth == index].mean())
+        for index, name in enumerate(data.label_names)
+        if np.any(truth == index)
+    }
+    return {
+        "test/accuracy": float(correct.mean()),
+        "test/cross_entropy": float(functional.cross_entropy(logits.double(), labels)),
+        "test/per_class_accuracy": per_class,
+        "test/samples": len(labels),
+    }

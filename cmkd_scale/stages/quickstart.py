@@ -1,0 +1,158 @@
+"""``cmkd quickstart``: shards, teacher, memory, students and controls, evaluation, report.
+
+An image teacher (two handwritten digits side by side) teaches a student of speech (spoken
+numbers) that has three labelled clips a class. No picture is paired with a sound.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cmkd_scale.config import Config, make_config
+from cmkd_scale.errors import UsageError
+from cmkd_scale.monitoring.report import write_report
+from cmkd_scale.stages.build_memory import memory
+from cmkd_scale.stages.common import versions, write_json
+from cmkd_scale.stages.student import student
+from cmkd_scale.stages.teacher import teacher
+
+CLIPS_PER_CLASS = 3
+SEEDS = 3
+METHODS = (("ce_ls", "none"), ("ucmkd_global", "none"), ("ucmkd_global", "permuted"))
+"""Method and control of each student; the first is the baseline of the table."""
+
+
+def quickstart(out: Path, *, seed: int = 0, fsdd: Path | None = None) -> dict[str, Any]:
+    """Run everything into ``out``; started again, it continues where it stopped.
+
+    Args:
+        out: directory of the runs, ``results.json`` and ``report.html``.
+        seed: first of three consecutive seeds.
+        fsdd: the Free Spoken Digit Dataset; None uses synthesised speech.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        UsageError: ``fsdd`` holds no recordings, or ``out`` holds another quickstart.
+    """
+    began = time.perf_counter()
+    if fsdd is not None and not fsdd.is_dir():
+        raise UsageError(
+            f"--fsdd: there is no directory {fsdd}. Give the Free Spoken Digit Dataset's "
+            "directory, the one that holds recordings/, or leave the option out to use "
+            "synthesised speech."
+        )
+    console = Console(stderr=True)
+    console.print("[bold]1/4 teacher[/]: handwritten numbers, learned from their labels")
+    teacher_run = out / "teacher"
+    taught = teacher(_config(teacher_run, seed, "image"))
+    console.print("[bold]2/4 memory[/]: the teacher's prototypes, after which it may go")
+    memory_run = out / "memory"
+    memory(
+        make_config(
+            {"run": {"dir": str(memory_run), "seed": seed}, "teacher": {"run": str(teacher_run)}}
+        )
+    )
+    speech = "synthesised speech, unseen voices" if fsdd is None else "FSDD, unseen speakers"
+    console.print(
+        f"[bold]3/4 students[/]: {speech}, {CLIPS_PER_CLASS} labelled clips a class, {SEEDS} seeds"
+    )
+    runs, rows = [teacher_run], []
+    for run_seed in range(seed, seed + SEEDS):
+        for name, control in METHODS:
+            label = name if control == "none" else f"{name}/{control}"
+            run = out / f"{label.replace('/', '-')}-seed{run_seed}"
+            config = _config(
+                run, run_seed, "audio", memory_run, name, control, fsdd, n_per_class=CLIPS_PER_CLASS
+            )
+            results = student(config)
+            rows.append((label, run_seed, float(results["metrics"]["test/accuracy"])))
+            runs.append(run)
+            console.print(f"    {label} seed {run_seed}: {rows[-1][2]:.1%}", highlight=False)
+    console.print("[bold]4/4 report[/]")
+    results = {
+        "stage": "quickstart",
+        "speech": speech,
+        "clips_per_class": CLIPS_PER_CLASS,
+        "teacher": {"test/accuracy": taught["metrics"]["test/accuracy"]},
+        "summary": summarise(rows),
+        "runs": [str(run.relative_to(out)) for run in runs],
+        "wall_seconds": round(time.perf_counter() - began, 1),
+        "versions": versions(),
+    }
+    write_json(out / "results.json", results)
+    write_report(runs, out / "report.html")
+    return {**results, "report": str(out / "report.html")}
+
+
+def summarise(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
+    """Mean, sample standard deviation and the value of each seed, by method."""
+    summary: dict[str, Any] = {}
+    for label in dict.fromkeys(label for label, _, _ in rows):
+        values = {str(seed): accuracy for name, seed, accuracy in rows if name == label}
+        summary[label] = {
+            "test/accuracy": {
+                "mean": statistics.mean(values.values()),
+                "std": statistics.stdev(values.values()) if len(values) > 1 else 0.0,
+                "seeds": values,
+            }
+        }
+    return summary
+
+
+def summary_table(results: dict[str, Any]) -> str:
+    """The table that ends a quickstart, as text."""
+    seeds = list(next(iter(results["summary"].values()))["test/accuracy"]["seeds"])
+    table = Table(title=f"test accuracy, {results['speech']}", title_justify="left")
+    table.add_column("method")
+    for heading in ("mean", "std", *(f"seed {seed}" for seed in seeds), "x ce_ls"):
+        table.add_column(heading, justify="right")
+    baseline = results["summary"][METHODS[0][0]]["test/accuracy"]["mean"]
+    for label, row in results["summary"].items():
+        accuracy = row["test/accuracy"]
+        table.add_row(
+            label,
+            f"{accuracy['mean']:.1%}",
+            f"{accuracy['std']:.1%}",
+            *(f"{accuracy['seeds'][seed]:.1%}" for seed in seeds),
+            f"{accuracy['mean'] / baseline:.2f}" if baseline else "-",
+        )
+    console = Console(width=88)
+    with console.capture() as capture:
+        console.print(table)
+    return (
+        f"{capture.get()}"
+        f"teacher (pictures): {results['teacher']['test/accuracy']:.1%}; "
+        f"{results['wall_seconds']:.0f} s; report: {results['report']}"
+    )
+
+
+def _config(
+    run: Path,
+    seed: int,
+    modality: str,
+    memory_run: Path | None = None,
+    method: str | None = None,
+    control: str = "none",
+    fsdd: Path | None = None,
+    n_per_class: int | None = None,
+) -> Config:
+    data: dict[str, Any] = {"shards": f"builtin:numbers/{modality}", "n_per_class": n_per_class}
+    if fsdd is not None:
+        # Two of six speakers are unseen in a fold; three folds test on each speaker once.
+        data |= {"source": str(fsdd), "options": {"fold": seed}}
+    return make_config(
+        {
+            "run": {"dir": str(run), "seed": seed},
+            "data": data,
+            "memory": {"run": None if memory_run is None else str(memory_run)},
+            "method": {"name": method, "control": control},
+        }
+    )

@@ -1,0 +1,166 @@
+"""Training a model from shards to ``results.json``: what teacher and student have in common."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmkd_scale import distributed
+from cmkd_scale.config import Config
+from cmkd_scale.errors import UsageError
+from cmkd_scale.memory.bank import FILE_NAME, PrototypeMemory, align_to_student
+from cmkd_scale.monitoring.sinks import ConsoleSink, JsonlSink, PrometheusSink, Sinks
+from cmkd_scale.stages.common import (
+    ModelSpec,
+    SplitData,
+    make_spec,
+    make_train_loader,
+    open_run,
+    open_split,
+    start_engine,
+    write_results,
+)
+from cmkd_scale.stages.evaluate import evaluate_model
+from cmkd_scale.training.checkpoint import load_newest
+from cmkd_scale.training.distillation import Distillation
+from cmkd_scale.training.engine import Engine
+from cmkd_scale.training.loop import Trainer
+from cmkd_scale.training.methods import Method
+from cmkd_scale.training.targets import MemoryTargets
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a stage decides before the common part begins."""
+
+    stage: str
+    method_name: str
+    """With its control after a slash, as in ``ucmkd_global/permuted``."""
+    method: Method
+    feature_dim: int
+    memory: PrototypeMemory | None = None
+    memory_digest: str | None = None
+    """Of the memory as built, before any control."""
+    memory_file: str | None = None
+
+
+def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
+    """Train to ``train.steps``, from the newest valid checkpoint if there is one, and evaluate.
+
+    Raises:
+        UsageError: see the stages.
+        PreemptedError: a signal asked for a stop; the state is saved.
+    """
+    began = time.perf_counter()
+    engine = start_engine(config)
+    engine.local_batch_size(config.train.global_batch_size)
+    data = open_split(config, config.data.train_split)
+    test = open_split(config, config.data.test_split)
+    _check_labels(data, test)
+    directory = open_run(config, recipe.stage)
+    spec = make_spec(config, data, recipe.feature_dim)
+    trainer = _make_trainer(config, recipe, engine, data, spec, directory)
+    found = load_newest(directory / "checkpoints")
+    if found is not None:
+        trainer.resume(found[0])
+    sinks: list[Sinks] = []
+
+    def make_sink(resume_step: int) -> Sinks | None:
+        if distributed.is_main():
+            title = f"{recipe.stage} {recipe.method_name}"
+            sinks.append(_make_sinks(config, directory, spec, title, resume_step, console))
+            return sinks[0]
+        return None
+
+    try:
+        trainer.run(make_sink)
+    finally:
+        for sink in sinks:
+            sink.close()
+    metrics = evaluate_model(engine.module.model, test, engine.device, directory)
+    return write_results(
+        directory,
+        stage=recipe.stage,
+        config=config,
+        metrics=metrics,
+        began=began,
+        method=recipe.method_name,
+        steps=trainer.step,
+        memory_digest=recipe.memory_digest,
+        memory_file=recipe.memory_file,
+    )
+
+
+def _make_trainer(
+    config: Config,
+    recipe: Recipe,
+    engine: Engine,
+    data: SplitData,
+    spec: ModelSpec,
+    directory: Path,
+) -> Trainer:
+    """Model, losses and loader of a run that stands at step 0."""
+    torch.manual_seed(config.run.seed)
+    model = spec.build()
+    targets = None
+    extra_files = {}
+    if recipe.memory is not None:
+        memory = align_to_student(recipe.memory, spec.label_names)
+        extra_files[FILE_NAME] = memory.tensors()
+        targets = MemoryTargets(
+            memory,
+            feature_dim=spec.feature_dim,
+            steps=config.train.steps,
+            epsilon_start=config.method.epsilon_start,
+            epsilon_end=config.method.epsilon_end,
+            potential_rate=config.method.potential_rate,
+        )
+    engine.prepare(
+        Distillation(model, recipe.method, targets),
+        learning_rate=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+    )
+    return Trainer(
+        engine,
+        make_train_loader(config, data),
+        config.train,
+        checkpoints=directory / "checkpoints",
+        seed=config.run.seed,
+        constants={
+            "model": spec.to_json(),
+            "method": recipe.method_name,
+            "config_digest": config.digest(),
+            "memory_digest": recipe.memory_digest,
+        },
+        extra_files=extra_files,
+    )
+
+
+def _make_sinks(
+    config: Config, directory: Path, spec: ModelSpec, title: str, resume_step: int, console: bool
+) -> Sinks:
+    sinks: list[Any] = [JsonlSink(directory / "metrics.jsonl", resume_step)]
+    if console:
+        sinks.append(ConsoleSink(config.train.steps, title=title, resume_step=resume_step))
+    if config.monitor.prometheus_port is not None:
+        sinks.append(
+            PrometheusSink(
+                config.monitor.prometheus_port,
+                address=config.monitor.prometheus_address,
+                modality=spec.modality,
+                resume_step=resume_step,
+            )
+        )
+    return Sinks(sinks)
+
+
+def _check_labels(data: SplitData, test: SplitData) -> None:
+    if data.label_names != test.label_names:
+        raise UsageError(
+            f"{data.reader.manifest.directory} and {test.reader.manifest.directory} have "
+            "different label names; build both splits from one data set."
+        )
