@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from cmkd_scale import distributed
+from cmkd_scale import __version__, distributed
 from cmkd_scale.data.build import build
 from cmkd_scale.data.datasets import DATASETS
 from cmkd_scale.errors import UsageError, did_you_mean
@@ -57,6 +55,7 @@ def locate_shards(
             f"{did_you_mean(modality, dataset.modalities)}"
         )
     plan = {
+        "cmkd_scale": __version__,
         "source": None if source is None else str(source.resolve()),
         "options": {key: str(value) for key, value in sorted(options.items())},
     }
@@ -65,23 +64,9 @@ def locate_shards(
     # One process of a job builds; the others wait and read. Rank 0's error reaches the
     # others as a closed connection, so they need none of their own.
     if distributed.is_main():
-        with _exclusive(root):
-            for split in dataset.splits:
-                build(
-                    dataset,
-                    root,
-                    modality=modality,
-                    split=split,
-                    samples_per_shard=_SAMPLES_PER_SHARD,
-                )
+        for split in dataset.splits:
+            build(
+                dataset, root, modality=modality, split=split, samples_per_shard=_SAMPLES_PER_SHARD
+            )
     distributed.barrier()
     return root / modality
-
-
-@contextmanager
-def _exclusive(root: Path) -> Iterator[None]:
-    """Let one job of this machine build into ``root`` at a time."""
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with root.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

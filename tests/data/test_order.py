@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,7 +43,7 @@ def test_ranks_share_positions_exactly(start: int, length: int, world_size: int)
     shares = [
         list(rank_positions(start, start + length, rank, world_size)) for rank in range(world_size)
     ]
-    assert sorted(sum(shares, [])) == list(range(start, start + length))
+    assert sorted(itertools.chain(*shares)) == list(range(start, start + length))
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
 
