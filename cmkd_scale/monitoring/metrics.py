@@ -16,10 +16,9 @@ nobody downstream has to know about restarts.
 ``data_wait_seconds``        spent waiting for data since the previous logged step
 ``epoch_progress``           0..1, position in the current epoch
 ``eta_seconds``              expected until the last step
-``alignment/marginal_error`` mean over classes of the L1 distance between the mass that
+``alignment_marginal_error`` mean over classes of the L1 distance between the mass that
                              prototypes received and the mass they should receive
 ``checkpoint_seconds``       duration of a checkpoint that was just completed
-``checkpoint_failures``      checkpoints that this process could not write so far
 ``test/accuracy``            result of an evaluation at this step, likewise any ``test/...``
 ============================ ============================================================
 
@@ -132,7 +131,7 @@ METRICS: tuple[Metric, ...] = (
         "gauge",
         "Mean over classes of the L1 distance of received to wanted prototype mass.",
         "value",
-        keys=("alignment/marginal_error",),
+        keys=("alignment_marginal_error",),
     ),
     Metric(
         "cmkd_checkpoint_duration_seconds",
@@ -147,13 +146,6 @@ METRICS: tuple[Metric, ...] = (
         "Unix time at which a checkpoint was last completed.",
         "time",
         keys=("checkpoint_seconds",),
-    ),
-    Metric(
-        "cmkd_checkpoint_failures_total",
-        "counter",
-        "Checkpoints that this process could not write.",
-        "total",
-        keys=("checkpoint_failures",),
     ),
     Metric(
         "cmkd_eta_seconds",

@@ -100,7 +100,7 @@ def add_legend(figure: Figure, entries: Mapping[str, Mapping[str, Any]]) -> None
     """Put a legend below the panels: label -> look of its line or mark."""
     from matplotlib.lines import Line2D
 
-    # A label that starts with an underscore would be hidden.
+    # Before 3.10 matplotlib hides a label that starts with an underscore.
     handles = [Line2D([], [], label=f" {short(name)}", **look) for name, look in entries.items()]
     longest = max(len(short(name)) for name in entries)
     columns = max(1, min(len(handles), 60 // (longest + 6)))

@@ -379,7 +379,7 @@ def test_odd_names_of_runs_and_methods_change_the_text_and_nothing_else(
 
 @settings(max_examples=2, deadline=None)
 @given(classes=st.lists(ODD, min_size=3, max_size=3, unique=True))
-@example(classes=["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{1}$"])
+@example(classes=["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{1}$ 猫"])
 def test_odd_names_of_classes_change_the_text_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, harmless: tuple[Page, Page], classes: list[str]
 ) -> None:

@@ -216,12 +216,12 @@ class TestPrometheus:
                 "data_wait_seconds": 0.25,
                 "epoch_progress": 0.75,
                 "eta_seconds": 60.0,
-                "alignment/marginal_error": 0.125,
+                "alignment_marginal_error": 0.125,
                 "learning_rate": 1e-3,
             },
         )
         exporter.log(120, {"loss": 2.0, "samples_seen": 15360.0, "data_wait_seconds": 0.5})
-        exporter.log(120, {"checkpoint_seconds": 1.5, "checkpoint_failures": 2.0})
+        exporter.log(120, {"checkpoint_seconds": 1.5})
         seen = scrape(exporter)
         assert seen["cmkd_train_step"] == 120
         assert seen["cmkd_train_last_step_timestamp_seconds"] == 1234.5
@@ -237,7 +237,6 @@ class TestPrometheus:
         assert seen["cmkd_alignment_marginal_error"] == 0.125
         assert seen["cmkd_checkpoint_duration_seconds"] == 1.5
         assert seen["cmkd_checkpoint_last_success_timestamp_seconds"] == 1234.5
-        assert seen["cmkd_checkpoint_failures_total"] == 2
         assert seen["cmkd_eta_seconds"] == 60.0
 
     def test_before_the_first_step_counters_are_zero_and_gauges_absent(
