@@ -50,6 +50,8 @@ Hugo and anika; steph and steph2) are in one split; effects (robots, echoes, whi
 """
 
 _SPEEDS, _PITCHES, _GAPS = (120, 221), (20, 81), (0, 4)
+_SNR_DB = (3.0, 20.0)
+"""Synthesised voices are cleaner than any recording; this is a loud to a quiet room."""
 
 _SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: the callback runs inside espeak_Synth
 _DONT_EXIT = 0x8000  # report missing voices as a return value instead of exit(1)
@@ -91,8 +93,33 @@ class Speech:
         samples = synthesise(utterance).astype(np.float32) / np.float32(32768)
         # Resampling may swing past the loudest sample.
         quieter = resample(np.float32(0.8) * samples, SAMPLE_RATE, CLIP_RATE)
+        snr_db = float(rng.uniform(*_SNR_DB))
+        noisy = add_room_noise(quieter, CLIP_RATE, snr_db, rng)
         spoken = {field.name: getattr(utterance, field.name) for field in fields(utterance)}
-        return "wav", wav_bytes(quieter, CLIP_RATE), {"speaker": variant, **spoken}
+        origin = {"speaker": variant, "snr_db": round(snr_db, 2), **spoken}
+        return "wav", wav_bytes(noisy, CLIP_RATE), origin
+
+
+def add_room_noise(
+    speech: NDArray[np.float32], rate: int, snr_db: float, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Add noise whose spectrum falls by 6 dB an octave from 500 Hz on, as that of speech does.
+
+    Args:
+        speech: [n] samples.
+        rate: samples a second.
+        snr_db: power of the speech over that of the noise, in dB.
+        rng: source of the noise.
+
+    Returns:
+        [n] samples, scaled down where the sum would leave -1 .. 1.
+    """
+    white = rng.standard_normal(len(speech))
+    fall = np.maximum(1.0, np.fft.rfftfreq(len(speech), 1 / rate) / 500.0)
+    noise = np.fft.irfft(np.fft.rfft(white) / fall, len(speech))
+    power = np.mean(speech.astype(np.float64) ** 2) / np.mean(noise**2)
+    mixed = speech + noise * np.sqrt(power * 10 ** (-snr_db / 10))
+    return (mixed / max(1.0, float(np.abs(mixed).max()))).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cmkd_scale.data.datasets.speech import ACCENTS, VARIANTS, Speech, Utterance, synthesise
+from cmkd_scale.data.datasets.speech import (
+    ACCENTS,
+    VARIANTS,
+    Speech,
+    Utterance,
+    add_room_noise,
+    synthesise,
+)
 from cmkd_scale.errors import UsageError
 
 REQUESTS = [
@@ -72,3 +79,22 @@ def test_a_digit_in_front_is_said_as_in_a_picture() -> None:
         Speech("test", 0).render(n, 0, np.random.default_rng(0))[2]["text"] for n in (0, 7, 42)
     ]
     assert texts == ["zero zero", "zero seven", "forty two"]
+
+
+def test_room_noise_has_the_stated_power_and_spectrum() -> None:
+    rng = np.random.default_rng(0)
+    speech = (0.1 * rng.standard_normal(80_000)).astype(np.float32)
+    noisy = add_room_noise(speech, 8000, 6.0, np.random.default_rng(1))
+    noise = noisy.astype(np.float64) - speech
+    snr_db = 10 * np.log10(np.mean(speech.astype(np.float64) ** 2) / np.mean(noise**2))
+    assert snr_db == pytest.approx(6.0, abs=0.01)
+    power = np.abs(np.fft.rfft(noise)) ** 2
+    hertz = np.fft.rfftfreq(len(noise), 1 / 8000)
+    octaves = [power[(hertz >= low) & (hertz < 2 * low)].mean() for low in (1000, 2000)]
+    assert 10 * np.log10(octaves[0] / octaves[1]) == pytest.approx(6.0, abs=0.5)
+
+
+def test_noise_never_leaves_the_range() -> None:
+    speech = np.full(1000, 0.8, dtype=np.float32)
+    noisy = add_room_noise(speech, 8000, -20.0, np.random.default_rng(2))
+    assert float(np.abs(noisy).max()) <= 1.0
