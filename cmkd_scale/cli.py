@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,14 @@ _EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # A closed pipe (`| head`) ends the program quietly, as with other command-line tools.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("cmkd_scale").setLevel(logging.INFO)
     try:
         run: Run = options.run
         run(options)
     except CmkdError as error:
         if options.debug:
-            raise
+            traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" [rank {rank}]"
         print(f"cmkd{where}: {error}", file=sys.stderr)
@@ -256,6 +256,9 @@ def _shards_info(options: argparse.Namespace) -> None:
 
 
 def _shards_stream(options: argparse.Namespace) -> None:
+    # A closed pipe (`| head`) ends this verb quietly. Not so training, which would die with
+    # a scraper of its metrics that hangs up.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     from cmkd_scale.operations.shards import stream_keys
 
     keys = stream_keys(

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cmkd_scale.errors import UsageError, did_you_mean
+from cmkd_scale.files import write_atomically
 
 
 class Section(BaseModel):
@@ -30,7 +31,7 @@ class RunConfig(Section):
 
     dir: Path | None = None
     """Run directory; a stage started again on it continues from its newest valid checkpoint."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initial weights, order, augmentation and labelled subset."""
     world_size: int | None = Field(None, ge=1)
     """Number of processes this run must have; unset takes what the launcher gives."""
@@ -93,7 +94,7 @@ class MemoryConfig(Section):
     prototypes_per_class: int | None = Field(None, ge=1)
     """Prototypes a class; unset: about the square root of the class's count, at most 64."""
     max_samples_per_class: int = Field(4096, ge=1)
-    """Samples a class that k-means sees, chosen by a hash of their keys."""
+    """Samples a class that k-means sees, chosen by a hash of their place."""
     temperature: float = Field(4.0, gt=0)
     """Temperature of the teacher's soft labels."""
     batch_size: int = Field(128, ge=1)
@@ -130,7 +131,7 @@ class TrainConfig(Section):
     warmup_steps: int = Field(20, ge=0)
     """Steps of linear warm-up before the cosine to zero."""
     weight_decay: float = Field(0.05, ge=0)
-    """AdamW's decoupled weight decay; norms, biases and the head transfer's pull are exempt."""
+    """AdamW's decoupled weight decay of matrices; norms and biases are exempt."""
     gradient_clip_norm: float = Field(5.0, gt=0)
     """Largest norm of the whole gradient."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -228,7 +229,8 @@ def make_config(tree: dict[str, Any], source: str = "the config") -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_atomically(path, text.encode())
 
 
 def with_changes(config: Config, changes: dict[str, Any]) -> Config:

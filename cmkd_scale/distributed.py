@@ -7,14 +7,16 @@ was started without a launcher: rank 0 of 1, reductions return their input.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
-from cmkd_scale.errors import UsageError
+from cmkd_scale.errors import CmkdError, UsageError
 
 
 def is_initialized() -> bool:
@@ -94,6 +96,27 @@ def any_rank(flag: bool) -> bool:
     return any(gather_integers(int(flag)))
 
 
+def run_on_main(work: Callable[[], object]) -> None:
+    """Do ``work`` on rank 0 while the others wait; its failure ends all ranks alike.
+
+    Raises:
+        CmkdError: what ``work`` raised on rank 0; elsewhere one with the same exit code.
+    """
+    failure = None
+    if is_main():
+        try:
+            work()
+        except CmkdError as error:
+            failure = error
+    code = gather_integers(failure.exit_code if failure else 0)[0]
+    if failure is not None:
+        raise failure
+    if code:
+        stopped = CmkdError("stopped, because rank 0 did; its message says why.")
+        stopped.exit_code = code
+        raise stopped
+
+
 def check_world(seen_by_trainer: int, configured: int | None) -> None:
     """Refuse a launch whose world is not what it seems.
 
@@ -119,7 +142,7 @@ def check_world(seen_by_trainer: int, configured: int | None) -> None:
         claims["run.world_size in the config"] = configured
     asked = _processes_asked_of_accelerate()
     if asked is not None and "WORLD_SIZE" not in os.environ:
-        claims["--num_processes given to accelerate launch"] = asked
+        claims["num_processes given to accelerate launch"] = asked
     if len(set(claims.values())) > 1:
         stated = ", ".join(f"{name}: {value}" for name, value in claims.items())
         raise UsageError(
@@ -132,7 +155,7 @@ def check_world(seen_by_trainer: int, configured: int | None) -> None:
 
 
 def _processes_asked_of_accelerate() -> int | None:
-    """The ``--num_processes`` on the command line of our parent, if that is accelerate launch.
+    """The ``num_processes`` that our parent was given, if that is accelerate launch.
 
     The simple launcher drops the number without a trace in the environment, so its command
     line is the only witness.
@@ -145,17 +168,29 @@ def _processes_asked_of_accelerate() -> int | None:
 
 
 def processes_on_command_line(command: Sequence[str]) -> int | None:
-    """Read ``--num_processes N`` out of an ``accelerate launch`` command line.
+    """Read ``num_processes`` out of an ``accelerate launch`` command line or its config file.
 
     Returns None when the command is something else or does not give a number.
     """
-    words = list(command)
-    names = [os.path.basename(word) for word in words[:3]]
-    if not any(name.startswith("accelerate") for name in names) or "launch" not in words[:4]:
+    names = [os.path.basename(word) for word in command[:4]]
+    if not any(name.startswith("accelerate") for name in names) or "launch" not in command[:5]:
         return None
-    for position, word in enumerate(words):
-        name, _, value = word.partition("=")
-        if name in ("--num_processes", "--num-processes"):
-            text = value or (words[position + 1] if position + 1 < len(words) else "")
-            return int(text) if text.isdigit() else None
+    given = _option(command, "num_processes")
+    if given is not None:
+        return int(given) if given.isdigit() else None
+    file = _option(command, "config_file")
+    try:
+        settings = yaml.safe_load(Path(file).read_text()) if file else None
+    except (OSError, yaml.YAMLError):
+        return None  # accelerate has complained about it already
+    found = settings.get("num_processes") if isinstance(settings, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _option(command: Sequence[str], name: str) -> str | None:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, with dashes or underscores."""
+    for position, word in enumerate(command):
+        flag, _, value = word.partition("=")
+        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
+            return value or (command[position + 1] if position + 1 < len(command) else "")
     return None

@@ -78,42 +78,42 @@ def test_memory_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert shown["provenance"] == {"made": "for a test"}
 
 
-def stream(
-    shards: Path, rank: int, world_size: int, *more: str | Path
-) -> subprocess.CompletedProcess[str]:
-    command = ["shards", "stream", shards, "--rank", rank, "--world-size", world_size]
-    return subprocess.run(
-        [sys.executable, "-m", "cmkd_scale", *map(str, [*command, "--print-keys", *more])],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+Stream = Callable[..., list[str]]
 
 
-def test_streams_of_two_ranks_continue_on_three(tmp_path: Path) -> None:
+@pytest.fixture
+def stream(capsys: pytest.CaptureFixture[str]) -> Stream:
+    def keys(shards: Path, rank: int, world_size: int, *more: str | Path) -> list[str]:
+        capsys.readouterr()
+        ranks = ("--rank", str(rank), "--world-size", str(world_size))
+        assert run("shards", "stream", shards, *ranks, "--print-keys", *more) == 0
+        return capsys.readouterr().out.split()
+
+    return keys
+
+
+def test_streams_of_two_ranks_continue_on_three(tmp_path: Path, stream: Stream) -> None:
     build_toy(tmp_path / "shards", count=31)
     shards = tmp_path / "shards" / "text"
-    whole = stream(shards, 0, 1).stdout.split()
+    whole = stream(shards, 0, 1)
     assert len(set(whole)) == 31
     states = [tmp_path / "state-0", tmp_path / "state-1"]
     first = [
-        stream(shards, rank, 2, "--stop-after", "5", "--save-state", states[rank]).stdout.split()
+        stream(shards, rank, 2, "--stop-after", "5", "--save-state", states[rank])
         for rank in range(2)
     ]
     assert states[0].read_bytes() == states[1].read_bytes()
-    rest = [stream(shards, rank, 3, "--state", states[0]).stdout.split() for rank in range(3)]
+    rest = [stream(shards, rank, 3, "--state", states[0]) for rank in range(3)]
     assert [key for row in zip(*first, strict=True) for key in row] == whole[:10]
     assert rest == [whole[10 + rank :: 3] for rank in range(3)]
 
 
-def test_a_state_at_the_end_starts_the_next_epoch(tmp_path: Path) -> None:
+def test_a_state_at_the_end_starts_the_next_epoch(tmp_path: Path, stream: Stream) -> None:
     build_toy(tmp_path / "shards", count=9)
     state = tmp_path / "state"
-    first = stream(tmp_path / "shards", 0, 2, "--save-state", state).stdout.split()
-    assert len(first) == 5
+    assert len(stream(tmp_path / "shards", 0, 2, "--save-state", state)) == 5
     assert json.loads(state.read_text())["epoch"] == 1
-    second = stream(tmp_path / "shards", 0, 1, "--state", state).stdout.split()
+    second = stream(tmp_path / "shards", 0, 1, "--state", state)
     assert len(second) == 9
 
 
@@ -262,6 +262,22 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         2,
         "--rank 2",
     ),
+    "remote shards": (nothing, [*STUDENT, "data.shards=s3://bucket/x"], 2, "is remote"),
+    "fractional option": (
+        nothing,
+        [*STUDENT, "data.transform.max_bytes=32.5"],
+        2,
+        "whole number",
+    ),
+    "state not writable": (
+        nothing,
+        [
+            *("shards", "stream", "{root}/shards", "--rank", "0", "--world-size", "1"),
+            *("--save-state", "{root}/no/x"),
+        ],
+        2,
+        "cannot be written",
+    ),
     "no recordings": (nothing, ["quickstart", "--fsdd", "{root}/no"], 2, "Free Spoken Digit"),
     "report of nothing": (nothing, ["report", "{root}/no"], 2, "no"),
 }
@@ -287,6 +303,14 @@ def test_wrong_input_ends_in_one_paragraph_and_its_exit_code(
     assert shown.out == ""
 
 
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("student", "--config", tmp_path / "no.yaml", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.multirank
 def test_a_batch_that_cannot_be_divided(world: Path, tmp_path: Path, launch: Launch) -> None:
     file = tmp_path / "student.yaml"
     file.write_text(yaml.safe_dump(student_tree(world, tmp_path / "run")))
@@ -297,6 +321,7 @@ def test_a_batch_that_cannot_be_divided(world: Path, tmp_path: Path, launch: Lau
     assert "use 6 or 8" in done.stderr
 
 
+@pytest.mark.multirank
 def test_a_launch_that_started_one_process_instead_of_two(world: Path, tmp_path: Path) -> None:
     """``accelerate launch --cpu --num_processes 2`` runs one process, silently."""
     file = tmp_path / "student.yaml"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -41,6 +43,16 @@ def test_collectives_on_real_ranks(launch: Launch, processes: int) -> None:
 )
 def test_reading_the_launcher_command_line(command: list[str], expected: int | None) -> None:
     assert distributed.processes_on_command_line(command) == expected
+
+
+def test_reading_the_launcher_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    command = ["python", "-m", "accelerate.commands.launch", "launch", "--config_file", str(file)]
+    assert distributed.processes_on_command_line(command) == 2
+    assert distributed.processes_on_command_line([*command, "--num_processes", "3"]) == 3
+    file.write_text("[")
+    assert distributed.processes_on_command_line(command) is None
 
 
 def test_two_trainings_that_believe_to_be_alone_are_refused(

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from cmkd_scale.data.datasets.protocols import Dataset, Split
-from cmkd_scale.data.files import read_json, sync_directory, to_json, write_atomically
 from cmkd_scale.data.manifest import MANIFEST, PARTIAL, Manifest, ShardRecord, load_manifest
 from cmkd_scale.data.plan import make_manifest, make_plan, plan_of, refuse_other_plan
 from cmkd_scale.data.sample_index import index_bytes, index_tar
-from cmkd_scale.data.shards import file_digest, load_index
+from cmkd_scale.data.shards import load_index
 from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.files import file_digest, read_json, sync, to_json, write_atomically
 from cmkd_scale.records import UNLABELLED, Sample
 
 _PLAN = "plan.json"
@@ -120,7 +120,7 @@ def _write_split(
     for path in [*partial.glob("shard-*.json"), partial / _PLAN]:
         path.unlink(missing_ok=True)
     os.rename(partial, final)
-    sync_directory(final.parent)
+    sync(final.parent)
 
 
 def _write_shards(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from cmkd_scale import __version__, distributed
 from cmkd_scale.data.build import build
 from cmkd_scale.data.datasets import DATASETS
 from cmkd_scale.errors import UsageError, did_you_mean
+
+_log = logging.getLogger(__name__)
 
 PREFIX = "builtin:"
 _SAMPLES_PER_SHARD = 1000
@@ -38,6 +41,11 @@ def locate_shards(
     Raises:
         UsageError: unknown data set or modality, or no such directory.
     """
+    if "://" in address:
+        raise UsageError(
+            f"data.shards: {address} is remote, and this version reads local directories only; "
+            "copy the shards here and give their directory."
+        )
     if not address.startswith(PREFIX):
         if not Path(address).is_dir():
             raise UsageError(
@@ -61,12 +69,15 @@ def locate_shards(
     }
     fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
     root = cache_directory() / f"{name}-{fingerprint}"
-    # One process of a job builds; the others wait and read. Rank 0's error reaches the
-    # others as a closed connection, so they need none of their own.
-    if distributed.is_main():
+
+    def build_splits() -> None:
         for split in dataset.splits:
+            if not (root / modality / split).is_dir():
+                _log.info("building %s/%s into %s", address, split, root)
             build(
                 dataset, root, modality=modality, split=split, samples_per_shard=_SAMPLES_PER_SHARD
             )
-    distributed.barrier()
+
+    # One process of a job builds; the others wait and read.
+    distributed.run_on_main(build_splits)
     return root / modality

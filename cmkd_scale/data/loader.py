@@ -6,6 +6,7 @@ number of them; evaluation batches give every sample exactly once over all ranks
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,14 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 from cmkd_scale.data.modalities import Modality
 from cmkd_scale.data.order import Position, epoch_order, rank_positions, stable_hash
 from cmkd_scale.data.stream import SampleReader
-from cmkd_scale.errors import IntegrityError
+from cmkd_scale.errors import CmkdError, IntegrityError
 from cmkd_scale.records import Batch
 
 _Place = tuple[int, int]
 """(epoch, position), or (-1, place) for a sample that is not augmented."""
 
 
-class _Decoded(Dataset[tuple[Tensor, int, str]]):
+class _Decoded(Dataset[tuple[Tensor, int, str] | CmkdError]):
     """Decoded and augmented samples; decoded ones are kept in memory up to a limit."""
 
     def __init__(
@@ -47,8 +48,14 @@ class _Decoded(Dataset[tuple[Tensor, int, str]]):
         self.cache: dict[int, Tensor] = {}
         self.order: tuple[int, NDArray[np.int64]] = (-1, subset)
 
-    def __getitem__(self, where: _Place) -> tuple[Tensor, int, str]:
-        epoch, position = where
+    def __getitem__(self, where: _Place) -> tuple[Tensor, int, str] | CmkdError:
+        # Raised in a worker, an error would arrive wrapped into the worker's traceback.
+        try:
+            return self.sample(*where)
+        except CmkdError as error:
+            return error
+
+    def sample(self, epoch: int, position: int) -> tuple[Tensor, int, str]:
         place = int(self._epoch(epoch)[position])
         inputs = self._decode(place)
         if self.augment:
@@ -83,12 +90,28 @@ class _Decoded(Dataset[tuple[Tensor, int, str]]):
         return inputs
 
 
-def _collate(samples: list[tuple[Tensor, int, str]]) -> Batch:
+def _collate(samples: list[tuple[Tensor, int, str] | CmkdError]) -> Batch | CmkdError:
+    """A batch, or the first error among its samples."""
+    decoded = []
+    for sample in samples:
+        if isinstance(sample, CmkdError):
+            return sample
+        decoded.append(sample)
+    return _batch(decoded)
+
+
+def _batch(samples: list[tuple[Tensor, int, str]]) -> Batch:
     return Batch(
         inputs=torch.stack([inputs for inputs, _, _ in samples]),
         labels=torch.tensor([label for _, label, _ in samples], dtype=torch.int64),
         keys=tuple(key for _, _, key in samples),
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave the end to the parent: signals to the whole group must not cost it its data."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TrainLoader:
@@ -141,8 +164,11 @@ class TrainLoader:
             collate_fn=_collate,
             # A fork of a process with running threads may deadlock.
             multiprocessing_context="spawn" if self.workers else None,
+            worker_init_fn=_ignore_signals,
         )
         for batch in loader:
+            if isinstance(batch, CmkdError):
+                raise batch
             self.delivered += self.global_batch_size
             yield batch
 
@@ -206,5 +232,5 @@ def ordered_batches(
     dataset = _Decoded(reader, modality, places, seed=0, augment=False, cache_bytes=0)
     for start in range(rank * batch_size, len(places), batch_size * world_size):
         stop = min(start + batch_size, len(places))
-        samples = [dataset[(-1, position)] for position in range(start, stop)]
-        yield places[start:stop], _collate(samples)
+        samples = [dataset.sample(-1, position) for position in range(start, stop)]
+        yield places[start:stop], _batch(samples)

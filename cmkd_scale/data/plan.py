@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cmkd_scale.data.datasets.protocols import Split
-from cmkd_scale.data.files import to_json
 from cmkd_scale.data.manifest import FORMAT_VERSION, Manifest, ShardRecord, manifest_digest
 from cmkd_scale.errors import UsageError
+from cmkd_scale.files import to_json
 
 
 def make_plan(

@@ -6,7 +6,6 @@ manifest. ``build.py`` writes it; nothing in here writes.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ from cmkd_scale.data.manifest import (
 )
 from cmkd_scale.data.sample_index import SampleIndex, concatenate, index_tar, read_index
 from cmkd_scale.errors import CmkdError, IntegrityError, UsageError, did_you_mean
+from cmkd_scale.files import file_digest
 
 __all__ = [
     "Manifest",
     "Problem",
     "SampleIndex",
     "ShardRecord",
-    "file_digest",
     "find_manifests",
     "load_index",
     "load_manifest",
@@ -44,12 +43,6 @@ class Problem:
 
     path: Path
     reason: str
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_manifests(root: Path) -> list[Path]:

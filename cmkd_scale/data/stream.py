@@ -104,12 +104,12 @@ def labelled_subset(
     if n_per_class is None:
         return labelled
     counts = np.bincount(index.labels[labelled], minlength=classes)
-    short = np.flatnonzero((counts < n_per_class) & (counts > 0))
+    short = np.flatnonzero(counts < n_per_class)
     if len(short):
+        remedy = f"Choose at most {counts.min()} or build more." if counts.min() else "Build more."
         raise UsageError(
-            f"data.n_per_class={n_per_class}, but {len(short)} classes have fewer samples (class "
-            f"index {short[0]} has {counts[short[0]]}). Choose at most {counts[counts > 0].min()} "
-            "or build more."
+            f"data.n_per_class={n_per_class}, but {len(short)} of {classes} classes have fewer "
+            f"labelled samples (class index {short[0]} has {counts[short[0]]}). {remedy}"
         )
     rank = mix64(labelled.astype(np.uint64) ^ np.uint64(stable_hash(seed)))
     order = np.lexsort((rank, index.labels[labelled]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.files import write_atomically
 
 FORMAT_VERSION = 1
 FILE_NAME = "memory.safetensors"
@@ -54,7 +54,7 @@ class PrototypeMemory:
     head_bias: Tensor
     """[C]"""
     cost_scale: Tensor
-    """[] median distance of a sample to a prototype, the unit of transport costs."""
+    """[] median over samples of the mean distance to their class's prototypes: unit of cost."""
     temperature: float = 4.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where it came from; not part of the digest."""
@@ -84,22 +84,33 @@ class PrototypeMemory:
         return hasher.hexdigest()
 
 
-def save_memory(memory: PrototypeMemory, path: Path) -> str:
-    """Write a memory atomically and return its digest."""
-    digest = memory.digest()
+def memory_bytes(memory: PrototypeMemory) -> bytes:
+    """The content of a memory's file."""
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "class_names": json.dumps(memory.class_names),
         "temperature": json.dumps(memory.temperature),
-        "digest": digest,
+        "digest": memory.digest(),
         "provenance": json.dumps(dict(memory.provenance), sort_keys=True),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in memory.tensors().items()}
-    save_file(tensors, str(temporary), metadata=metadata)
-    os.replace(temporary, path)
-    return digest
+    return save(tensors, metadata=metadata)
+
+
+def save_memory(memory: PrototypeMemory, path: Path) -> str:
+    """Write a memory atomically and return its digest.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, memory_bytes(memory))
+    except OSError as error:
+        raise UsageError(
+            f"The memory {path} cannot be written: {error}. Free space or choose another run.dir."
+        ) from None
+    return memory.digest()
 
 
 def load_memory(path: Path) -> PrototypeMemory:
@@ -191,13 +202,18 @@ def align_to_student(memory: PrototypeMemory, student_names: Sequence[str]) -> P
     """Bring a memory into a student's classes and their order; names are all that joins them.
 
     Classes that only the teacher knows are dropped and soft labels renormalised over the
-    rest. Classes that only the student knows keep a count of 0, no prototypes, and a head
-    row of zeros.
+    rest. Classes that only the student knows, or that the teacher's data lacked, keep a count
+    of 0, no prototypes, and a head row of zeros.
 
     Raises:
         UsageError: the two have no class name in common.
     """
-    source = {name: index for index, name in enumerate(memory.class_names)}
+    # A class that the teacher's data lacked has a name but no knowledge.
+    source = {
+        name: index
+        for index, name in enumerate(memory.class_names)
+        if memory.class_count[index] > 0
+    }
     origin = torch.tensor([source.get(name, -1) for name in student_names])
     known = origin >= 0
     if not known.any():

@@ -112,14 +112,14 @@ def _cluster_class(
     members = np.eye(count)[clusters.assignment]
     mean_soft = members.T @ soft.double().numpy() / sizes[:, None]
     radius = members.T @ clusters.distance.astype(np.float64) / sizes
-    spread = np.linalg.norm(rows[:, None] - clusters.centres[None], axis=2).mean(1)
+    spread = torch.cdist(features.float(), torch.from_numpy(clusters.centres)).mean(1)
     return {
         "prototype_class": torch.full((count,), label),
         "prototypes": torch.from_numpy(clusters.centres),
         "prototype_mass": torch.from_numpy(sizes / sizes.sum()).float(),
         "soft_labels": torch.from_numpy(mean_soft).float(),
         "radius": torch.from_numpy(radius).float(),
-        "spread": torch.from_numpy(spread).float(),
+        "spread": spread,
     }
 
 

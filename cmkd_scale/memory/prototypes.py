@@ -1,4 +1,4 @@
-"""k-means prototypes of one class, and nearest-prototype search: the only importer of faiss."""
+"""k-means prototypes of one class: the only importer of faiss."""
 
 from __future__ import annotations
 
@@ -76,22 +76,6 @@ def cluster(
         assignment=rank_of[assignment],
         distance=np.sqrt(np.maximum(squared[:, 0], 0.0)),
     )
-
-
-def nearest_prototypes(
-    queries: FloatArray, prototypes: FloatArray, count: int
-) -> tuple[FloatArray, NDArray[np.int64]]:
-    """Exact nearest prototypes: Euclidean distances [n, count] and indices [n, count].
-
-    Raises:
-        UsageError: fewer than ``count`` prototypes are stored.
-    """
-    if count > len(prototypes):
-        raise UsageError(f"{count} nearest of only {len(prototypes)} prototypes were asked for.")
-    index = _faiss().IndexFlatL2(prototypes.shape[1])
-    index.add(np.ascontiguousarray(prototypes, dtype=np.float32))
-    squared, nearest = index.search(np.ascontiguousarray(queries, dtype=np.float32), count)
-    return np.sqrt(np.maximum(squared, 0.0)), nearest
 
 
 def _faiss() -> ModuleType:

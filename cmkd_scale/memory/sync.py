@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +20,3 @@ def gather_sorted(index: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
     everywhere = distributed.gather_rows(index)
     order = torch.argsort(everywhere, stable=True)
     return everywhere[order], *(distributed.gather_rows(part)[order] for part in rows)
-
-
-def gather_array(values: np.ndarray) -> np.ndarray:
-    """Gather NumPy rows of all ranks in rank order."""
-    gathered: np.ndarray = distributed.gather_rows(torch.from_numpy(values)).numpy()
-    return gathered

@@ -150,11 +150,6 @@ def build_encoder(name: str | None, shape: tuple[int, ...], width: int, depth: i
     return ENCODERS[name](shape, width, depth)
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Number of trainable scalars."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
 def as_model_dtype(inputs: Tensor, module: nn.Module) -> Tensor:
     """Cast floating inputs to the module's parameter type; indices pass unchanged."""
     if not inputs.is_floating_point():

@@ -51,7 +51,9 @@ def memory_info(path: Path) -> dict[str, Any]:
         "samples": int(memory.class_count.sum()),
         "temperature": memory.temperature,
         "cost_scale": float(memory.cost_scale),
-        "mean_held_out_risk": float(memory.class_risk.nanmean()),
+        "classes_with_held_out_risk": int((~memory.class_risk.isnan()).sum()),
+        "mean_held_out_risk": float(memory.class_risk.nan_to_num().sum())
+        / max(1, int((~memory.class_risk.isnan()).sum())),
         "digest": memory.digest(),
         "provenance": dict(memory.provenance),
     }

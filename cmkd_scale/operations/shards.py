@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,9 @@ from cmkd_scale.data.datasets import DATASETS
 from cmkd_scale.data.order import Position, epoch_order, rank_positions
 from cmkd_scale.data.shards import Manifest, find_manifests, load_index, load_manifest, resolve
 from cmkd_scale.data.shards import verify as verify_shards
+from cmkd_scale.data.stream import labelled_subset
 from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
+from cmkd_scale.files import to_json, write_atomically
 
 
 def build_shards(
@@ -124,19 +125,21 @@ def stream_keys(
         raise UsageError(f"--stop-after is {stop_after}; it must be 0 or more.")
     manifest = load_manifest(resolve(root, split=split, modality=modality))
     index = load_index(manifest)
+    # Training reads labelled samples only.
+    places = labelled_subset(index, classes=len(manifest.label_names), n_per_class=None, seed=0)
     start = Position(0, 0) if state is None else _read_state(state, manifest, seed)
-    if start.position >= len(index):
-        raise IntegrityError(f"{state} stands behind the end of {manifest.name}.")
-    order = epoch_order(len(index), seed, start.epoch)
-    for count, position in enumerate(rank_positions(start.position, len(index), rank, world_size)):
+    if not (0 <= start.position < len(places) and start.epoch >= 0):
+        raise IntegrityError(f"{state} stands outside the epoch of {manifest.name}.")
+    order = places[epoch_order(len(places), seed, start.epoch)]
+    for count, position in enumerate(rank_positions(start.position, len(places), rank, world_size)):
         if count == stop_after:
             break
         yield index.key(int(order[position]))
     if save_state is not None:
-        reached = len(index)
+        reached = len(places)
         if stop_after is not None:
             reached = min(reached, start.position + stop_after * world_size)
-        _write_state(save_state, manifest, seed, start.epoch, reached, len(index))
+        _write_state(save_state, manifest, seed, start.epoch, reached, len(places))
 
 
 def _read_state(path: Path, manifest: Manifest, seed: int) -> Position:
@@ -167,10 +170,11 @@ def _write_state(
         "position": place.position,
         "manifest": manifest.digest,
     }
-    # Ranks of an audit may save to the same file at once.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value) + "\n")
-    os.replace(temporary, path)
+    try:
+        # Ranks of an audit may save to the same file at once.
+        write_atomically(path, to_json(value))
+    except OSError as error:
+        raise UsageError(f"--save-state {path} cannot be written: {error}.") from None
 
 
 def _row(manifest: Manifest) -> dict[str, Any]:

@@ -17,21 +17,20 @@ from cmkd_scale import distributed
 from cmkd_scale.config import Config, with_changes
 from cmkd_scale.data.order import mix64
 from cmkd_scale.errors import IntegrityError, UsageError
-from cmkd_scale.memory.bank import FILE_NAME, load_memory, save_memory
+from cmkd_scale.files import read_json
+from cmkd_scale.memory.bank import FILE_NAME, PrototypeMemory, save_memory
 from cmkd_scale.memory.build import TeacherSamples, build_memory
 from cmkd_scale.memory.statistics import Moments
 from cmkd_scale.stages.common import (
     SplitData,
     Trained,
     load_trained,
-    make_modality,
-    open_run,
-    open_split,
+    open_split_for,
     start_engine,
     weights_digest,
-    write_results,
 )
 from cmkd_scale.stages.evaluate import infer
+from cmkd_scale.stages.runs import open_run, write_results
 
 
 def memory(config: Config) -> dict[str, Any]:
@@ -48,13 +47,14 @@ def memory(config: Config) -> dict[str, Any]:
     config.require("teacher.run")
     run = Path(str(config.teacher.run))
     trained = load_trained(run, "teacher")
+    _check_finished(trained, run)
     if config.data.shards is None:
         shards = trained.config.model_dump(mode="json")["data"]
-        keys = ("shards", "modality", "source", "options")
+        keys = ("shards", "modality", "source", "options", "train_split", "validation_split")
         config = with_changes(config, {f"data.{key}": shards[key] for key in keys})
     engine = start_engine(config)
-    data = _open_for(trained, config, config.data.train_split)
-    held_out = _open_for(trained, config, config.data.validation_split)
+    data = open_split_for(trained, config, config.data.train_split)
+    held_out = open_split_for(trained, config, config.data.validation_split)
     directory = open_run(config, "memory")
     with _one_thread():
         samples = _pass_over(trained, data, held_out, config, engine.device)
@@ -76,15 +76,7 @@ def memory(config: Config) -> dict[str, Any]:
             },
         )
     file = directory / FILE_NAME
-    if distributed.is_main():
-        save_memory(result, file)
-    distributed.barrier()
-    digest = load_memory(file).digest()
-    if digest != result.digest():
-        raise IntegrityError(
-            f"Rank {distributed.rank()} built another memory than rank 0 "
-            f"({result.digest()[:12]} and {digest[:12]}); are all processes on equal machines?"
-        )
+    digest = _save_on_main(result, file)
     known = result.class_count > 0
     return write_results(
         directory,
@@ -98,7 +90,7 @@ def memory(config: Config) -> dict[str, Any]:
             "memory/samples": int(result.class_count.sum()),
             "memory/mean_radius": float((result.radius * result.prototype_mass).sum())
             / max(1, int(known.sum())),
-            "teacher/held_out_cross_entropy": float(result.class_risk.nanmean()),
+            "teacher/held_out_cross_entropy": _mean_risk(result),
         },
         memory_digest=digest,
         memory_file=str(file),
@@ -110,16 +102,39 @@ def memory(config: Config) -> dict[str, Any]:
     )
 
 
-def _open_for(trained: Trained, config: Config, split: str) -> SplitData:
-    """A split as the teacher reads it."""
-    data = open_split(with_changes(config, {"data.transform": trained.spec.transform}), split)
-    if data.label_names != trained.spec.label_names:
-        raise UsageError(
-            f"The teacher was trained on other label names than those of "
-            f"{data.reader.manifest.directory}; give it its own shards with data.shards=DIR."
+def _save_on_main(result: PrototypeMemory, file: Path) -> str:
+    """Write the memory if all ranks have built the same one; returns its digest.
+
+    Raises:
+        IntegrityError: they have not.
+    """
+    digest = result.digest()
+    # The first 15 hexadecimal digits fit the integers that ranks exchange.
+    if len(set(distributed.gather_integers(int(digest[:15], 16)))) > 1:
+        raise IntegrityError(
+            "The ranks have built different memories, so nothing is saved; run all processes on "
+            "machines of one kind with equal versions."
         )
-    modality = make_modality(trained.spec.modality, trained.spec.transform)
-    return SplitData(data.reader, modality, data.label_names)
+    distributed.run_on_main(lambda: save_memory(result, file))
+    return digest
+
+
+def _mean_risk(result: PrototypeMemory) -> float | None:
+    """Mean over the classes that have held-out samples; None if no class has."""
+    known = result.class_risk[~result.class_risk.isnan()]
+    return float(known.mean()) if len(known) else None
+
+
+def _check_finished(trained: Trained, run: Path) -> None:
+    """Refuse a student, or a teacher whose training is not done."""
+    done, steps = trained.state["step"], trained.config.train.steps
+    if done < steps:
+        raise UsageError(
+            f"The teacher in {run} is at step {done} of {steps}; finish it with `cmkd teacher` "
+            "before building a memory from it."
+        )
+    if read_json(run / "env.json").get("stage") != "teacher":
+        raise UsageError(f"{run} is no run of `cmkd teacher`; set teacher.run to one.")
 
 
 def _pass_over(

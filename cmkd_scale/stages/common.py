@@ -1,27 +1,19 @@
-"""What the stages share: run directory, data, building and loading a model, results."""
+"""What the stages share: opening data, building and loading a model."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
-import platform
-import socket
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from cmkd_scale import __version__, distributed
-from cmkd_scale.config import Config, make_config, save_config
+from cmkd_scale import distributed
+from cmkd_scale.config import Config, with_changes
 from cmkd_scale.data.builtin import locate_shards
 from cmkd_scale.data.loader import TrainLoader
 from cmkd_scale.data.modalities import MODALITIES, Modality
@@ -29,6 +21,7 @@ from cmkd_scale.data.shards import load_manifest, resolve
 from cmkd_scale.data.stream import SampleReader, labelled_subset
 from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
 from cmkd_scale.models.model import Model, build_model
+from cmkd_scale.stages.runs import read_config
 from cmkd_scale.training.checkpoint import load_newest
 from cmkd_scale.training.engine import Engine
 
@@ -126,14 +119,37 @@ def make_modality(name: str, transform: Mapping[str, float | int]) -> Modality:
     if name not in MODALITIES:
         raise UsageError(f"Modality '{name}' is unknown; {did_you_mean(name, MODALITIES)}")
     kind = MODALITIES[name]
-    valid = [field.name for field in fields(kind)]
-    for option in transform:
-        if option not in valid:
+    usual = {field.name: field.default for field in fields(kind)}
+    for option, value in transform.items():
+        if option not in usual:
             raise UsageError(
                 f"data.transform.{option} is not an option of modality '{name}'; "
-                f"{did_you_mean(option, valid)}"
+                f"{did_you_mean(option, usual)}"
             )
+        if isinstance(usual[option], int) and not isinstance(value, int):
+            raise UsageError(f"data.transform.{option} is {value}; it must be a whole number.")
     return kind(**transform)
+
+
+def open_split_for(trained: Trained, config: Config, split: str) -> SplitData:
+    """Open a split as a trained model reads it; a collective call.
+
+    Raises:
+        UsageError: the split has another modality or other label names than the model's.
+    """
+    data = open_split(with_changes(config, {"data.transform": trained.spec.transform}), split)
+    manifest = data.reader.manifest
+    if manifest.modality != trained.spec.modality:
+        raise UsageError(
+            f"The model was trained on {trained.spec.modality}, and {manifest.directory} holds "
+            f"{manifest.modality}; give it shards of its own modality with data.shards=DIR."
+        )
+    if data.label_names != trained.spec.label_names:
+        raise UsageError(
+            f"The model was trained on other label names than those of {manifest.directory}; "
+            "give it shards with its own labels with data.shards=DIR."
+        )
+    return data
 
 
 def make_train_loader(config: Config, data: SplitData) -> TrainLoader:
@@ -172,30 +188,6 @@ def make_spec(config: Config, data: SplitData, feature_dim: int) -> ModelSpec:
     )
 
 
-def open_run(config: Config, stage: str) -> Path:
-    """Make or take up the run directory; a collective call.
-
-    Raises:
-        UsageError: ``run.dir`` is unset, not writable, or holds a run of another stage or
-            another configuration.
-    """
-    config.require("run.dir")
-    directory = Path(str(config.run.dir))
-    if distributed.is_main():
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            _check_same_run(directory, config, stage)
-            save_config(config, directory / "config.yaml")
-            write_json(directory / "env.json", _environment(stage))
-        except OSError as error:
-            raise UsageError(
-                f"The run directory {directory} cannot be written: {error}. Choose another with "
-                "run.dir=DIR or make it writable."
-            ) from None
-    distributed.barrier()
-    return directory
-
-
 def load_trained(run: Path, role: str) -> Trained:
     """The model of the newest valid checkpoint of a run.
 
@@ -208,7 +200,7 @@ def load_trained(run: Path, role: str) -> Trained:
         IntegrityError: no checkpoint there is valid.
     """
     config_file = run / "config.yaml"
-    found = load_newest(run / "checkpoints") if config_file.is_file() else None
+    found = load_newest(run / "checkpoints") if config_file.exists() else None
     if found is None:
         raise UsageError(
             f"{run} holds no trained model to use as {role}. Train one with `cmkd {role} "
@@ -230,64 +222,7 @@ def load_trained(run: Path, role: str) -> Trained:
             f"Checkpoint {path} does not hold the model that its state describes ({error})."
         ) from None
     model.eval()
-    tree = yaml.safe_load(config_file.read_text())
-    return Trained(
-        model=model,
-        spec=spec,
-        config=make_config(tree, source=str(config_file)),
-        state=checkpoint.state,
-    )
-
-
-def write_results(
-    directory: Path,
-    *,
-    stage: str,
-    config: Config,
-    metrics: Mapping[str, Any],
-    began: float,
-    name: str = "results.json",
-    **more: Any,
-) -> dict[str, Any]:
-    """Write ``results.json`` on rank 0 and return its content on all.
-
-    Args:
-        directory: the run directory.
-        stage: the verb.
-        config: resolved configuration.
-        metrics: e.g. ``test/accuracy``.
-        began: ``time.perf_counter()`` at the start of the stage.
-        name: file name.
-        more: further top-level keys.
-    """
-    results = {
-        "stage": stage,
-        "seed": config.run.seed,
-        "metrics": dict(metrics),
-        "config_digest": config.digest(),
-        "wall_seconds": round(time.perf_counter() - began, 3),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": versions(),
-        **more,
-    }
-    if distributed.is_main():
-        write_json(directory / name, results)
-    return results
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what shapes a result."""
-    found = {"cmkd_scale": __version__, "python": platform.python_version()}
-    for package in ("torch", "accelerate", "transformers", "numpy"):
-        found[package] = metadata.version(package)
-    return found
+    return Trained(model=model, spec=spec, config=read_config(run), state=checkpoint.state)
 
 
 def weights_digest(model: Model) -> str:
@@ -297,49 +232,3 @@ def weights_digest(model: Model) -> str:
         hasher.update(name.encode())
         hasher.update(value.detach().cpu().contiguous().numpy().tobytes())
     return hasher.hexdigest()
-
-
-def _environment(stage: str) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "command": sys.argv,
-        "world_size": distributed.world_size(),
-        "versions": versions(),
-    }
-
-
-def _check_same_run(directory: Path, config: Config, stage: str) -> None:
-    """Refuse to continue a run under another stage or configuration."""
-    config_file, env_file = directory / "config.yaml", directory / "env.json"
-    if not config_file.is_file() or not env_file.is_file():
-        return
-    try:
-        before = make_config(yaml.safe_load(config_file.read_text()), source=str(config_file))
-        stage_before = json.loads(env_file.read_text())["stage"]
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise IntegrityError(
-            f"{directory} holds a run whose config.yaml or env.json is damaged ({error}); use "
-            "another run.dir."
-        ) from None
-    remedy = "Use another run.dir, or remove that directory to start again."
-    if stage_before != stage:
-        raise UsageError(f"{directory} is a run of `cmkd {stage_before}`. {remedy}")
-    if before.digest() != config.digest():
-        changed = ", ".join(_differences(before.model_dump(), config.model_dump())) or "options"
-        raise UsageError(
-            f"{directory} holds a run with another configuration (different: {changed}), and "
-            f"continuing it would mix two runs. {remedy}"
-        )
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in after.items():
-        old = before.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            found += _differences(old, value, f"{prefix}{key}.")
-        elif value != old:
-            found.append(f"{prefix}{key}")
-    return found

@@ -9,24 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
 from torch.nn import functional
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config
 from cmkd_scale.data.loader import ordered_batches
-from cmkd_scale.errors import UsageError
+from cmkd_scale.files import write_atomically
 from cmkd_scale.memory.sync import gather_sorted
 from cmkd_scale.models.model import Model
 from cmkd_scale.stages.common import (
     SplitData,
     load_trained,
-    make_modality,
-    open_split,
+    open_split_for,
     start_engine,
-    write_results,
 )
+from cmkd_scale.stages.runs import write_results
 
 _BATCH_SIZE = 128
 
@@ -44,15 +43,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     config.require("run.dir")
     directory = Path(str(config.run.dir))
     trained = load_trained(directory, "student")
-    data = open_split(config, config.data.test_split)
-    if data.label_names != trained.spec.label_names:
-        raise UsageError(
-            f"The model in {directory} was trained on other label names than those of "
-            f"{data.reader.manifest.directory}; evaluate it on shards with its own labels."
-        )
-    data = SplitData(
-        data.reader, make_modality(trained.spec.modality, trained.spec.transform), data.label_names
-    )
+    data = open_split_for(trained, config, config.data.test_split)
     metrics = evaluate_model(trained.model, data, engine.device, directory)
     return write_results(
         directory,
@@ -62,13 +53,15 @@ def evaluate(config: Config) -> dict[str, Any]:
         began=began,
         name="evaluation.json",
         steps=trained.state["step"],
+        method=trained.state["method"],
+        memory_digest=trained.state["memory_digest"],
         split=config.data.test_split,
     )
 
 
 @torch.no_grad()
 def infer(
-    model: nn.Module, data: SplitData, device: torch.device, *, batch_size: int = _BATCH_SIZE
+    model: Model, data: SplitData, device: torch.device, *, batch_size: int = _BATCH_SIZE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pass this rank's share of the labelled samples through a model; no collectives.
 
@@ -97,11 +90,10 @@ def infer(
         )
     if not parts:
         # More ranks than batches: an empty share with the right widths.
-        shape = (0, *data.modality.shape)
-        kind = torch.int64 if len(data.modality.shape) == 1 else torch.float32
-        output = model(torch.zeros(shape, dtype=kind, device=device))
+        head = model.head
         empty = torch.zeros(0, dtype=torch.int64)
-        return empty, empty.clone(), output.features.float().cpu(), output.logits.float().cpu()
+        widths = head.in_features, head.out_features
+        return empty, empty.clone(), torch.zeros(0, widths[0]), torch.zeros(0, widths[1])
     places, labels, features, logits = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return places, labels, features, logits
 
@@ -122,13 +114,11 @@ def evaluate_model(
     places, labels, features, logits = gather_sorted(places, labels, features, logits)
     predictions = logits.argmax(1)
     correct = (predictions == labels).numpy()
-    if directory is not None and distributed.is_main():
+    if directory is not None:
         tensors = {"labels": labels, "predictions": predictions, "features": features}
-        save_file(
-            tensors,
-            str(directory / "predictions.safetensors"),
-            metadata={"label_names": json.dumps(data.label_names)},
-        )
+        content = save(tensors, metadata={"label_names": json.dumps(data.label_names)})
+        path = directory / "predictions.safetensors"
+        distributed.run_on_main(lambda: write_atomically(path, content))
     truth = labels.numpy()
     per_class = {
         name: float(correct[truth == index].mean())

@@ -18,7 +18,7 @@ from cmkd_scale.config import Config, make_config
 from cmkd_scale.errors import UsageError
 from cmkd_scale.monitoring.report import write_report
 from cmkd_scale.stages.build_memory import memory
-from cmkd_scale.stages.common import versions, write_json
+from cmkd_scale.stages.runs import versions, write_json
 from cmkd_scale.stages.student import student
 from cmkd_scale.stages.teacher import teacher
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from cmkd_scale.stages.common import DEFAULT_FEATURE_DIM
 from cmkd_scale.stages.train import Recipe, train
 from cmkd_scale.training.methods import check_needs, resolve_method
 from cmkd_scale.training.targets import MemoryTargets
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_METHOD = "ucmkd_global"
 
@@ -39,6 +42,8 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
         digest = memory.digest()
         file = str(Path(path, FILE_NAME) if Path(path).is_dir() else path)
         memory = apply_control(memory, control, config.run.seed)
+    if control != "none" and not method.needs_memory:
+        _log.warning("method.control=%s changes nothing: %s has no teacher.", control, name)
     recipe = Recipe(
         stage="student",
         method_name=name if control == "none" or not method.needs_memory else f"{name}/{control}",

@@ -12,19 +12,18 @@ import torch
 from cmkd_scale import distributed
 from cmkd_scale.config import Config
 from cmkd_scale.errors import UsageError
-from cmkd_scale.memory.bank import FILE_NAME, PrototypeMemory, align_to_student
+from cmkd_scale.memory.bank import FILE_NAME, PrototypeMemory, align_to_student, memory_bytes
 from cmkd_scale.monitoring.sinks import ConsoleSink, JsonlSink, PrometheusSink, Sinks
 from cmkd_scale.stages.common import (
     ModelSpec,
     SplitData,
     make_spec,
     make_train_loader,
-    open_run,
     open_split,
     start_engine,
-    write_results,
 )
 from cmkd_scale.stages.evaluate import evaluate_model
+from cmkd_scale.stages.runs import open_run, write_results
 from cmkd_scale.training.checkpoint import load_newest
 from cmkd_scale.training.distillation import Distillation
 from cmkd_scale.training.engine import Engine
@@ -107,10 +106,10 @@ def _make_trainer(
     torch.manual_seed(config.run.seed)
     model = spec.build()
     targets = None
-    extra_files = {}
+    blobs = {}
     if recipe.memory is not None:
         memory = align_to_student(recipe.memory, spec.label_names)
-        extra_files[FILE_NAME] = memory.tensors()
+        blobs[FILE_NAME] = memory_bytes(memory)
         targets = MemoryTargets(
             memory,
             feature_dim=spec.feature_dim,
@@ -136,7 +135,7 @@ def _make_trainer(
             "config_digest": config.digest(),
             "memory_digest": recipe.memory_digest,
         },
-        extra_files=extra_files,
+        blobs=blobs,
     )
 
 

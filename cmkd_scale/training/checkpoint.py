@@ -8,23 +8,24 @@ place, so that being killed at any instant leaves the newest complete one valid.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
 from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.files import file_digest, sync, to_json
 
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
 LATEST = "latest"
+MEMORY = "memory.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -36,6 +37,8 @@ class Checkpoint:
     """Plain values: step, samples seen, place in the data, digests."""
     files: dict[str, dict[str, Tensor]]
     """Relative file name (``model.safetensors``, ``optimizer/state.safetensors``) -> tensors."""
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    """File name -> content stored as it is: the memory, which has a reader of its own."""
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -56,17 +59,16 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Pa
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync(directory)
+        sync(directory)
         _point_latest(directory, final)
-    except OSError as error:
+        _prune(directory, final, keep)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UsageError(
             f"The checkpoint {final} cannot be written: {error}. Free space or make the run "
             "directory writable and start the same command again; earlier checkpoints are "
             "untouched."
         ) from None
-    for old in _candidates(directory)[keep:]:
-        shutil.rmtree(old)
     return final
 
 
@@ -96,7 +98,7 @@ def problems(checkpoint: Path) -> list[str]:
         return ["it was never completed (no file COMPLETE)"]
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        digests: dict[str, str] = manifest["sha256"]
+        digests = dict(manifest["sha256"])
         version = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"its {MANIFEST} cannot be read ({error})"]
@@ -112,12 +114,6 @@ def problems(checkpoint: Path) -> list[str]:
     return found
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _write(target: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -125,13 +121,16 @@ def _write(target: Path, checkpoint: Checkpoint) -> None:
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, str(path))
-    _write_json(target / "state.json", checkpoint.state)
-    names = [*checkpoint.files, "state.json"]
+    for name, content in checkpoint.blobs.items():
+        (target / name).write_bytes(content)
+    (target / "state.json").write_bytes(to_json(checkpoint.state))
+    names = [*checkpoint.files, *checkpoint.blobs, "state.json"]
     digests = {name: file_digest(target / name) for name in names}
-    _write_json(target / MANIFEST, {"format_version": FORMAT_VERSION, "sha256": digests})
+    manifest = {"format_version": FORMAT_VERSION, "sha256": digests}
+    (target / MANIFEST).write_bytes(to_json(manifest))
     (target / COMPLETE).touch()
     for path in [*target.rglob("*"), target]:
-        _sync(path)
+        sync(path)
 
 
 def _read(checkpoint: Path) -> Checkpoint:
@@ -140,7 +139,7 @@ def _read(checkpoint: Path) -> Checkpoint:
     files = {
         name: load((checkpoint / name).read_bytes())
         for name in manifest["sha256"]
-        if name.endswith(".safetensors")
+        if name.endswith(".safetensors") and name != MEMORY
     }
     return Checkpoint(state=state, files=files)
 
@@ -149,6 +148,14 @@ def _candidates(directory: Path) -> list[Path]:
     """Checkpoint directories, newest first."""
     found = [path for path in directory.glob("step_*") if path.is_dir()]
     return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def _prune(directory: Path, newest: Path, keep: int) -> None:
+    """Keep ``newest`` and those before it; what claims a later step was found damaged."""
+    candidates = _candidates(directory)
+    place = candidates.index(newest)
+    for old in candidates[:place] + candidates[place + keep :]:
+        shutil.rmtree(old)
 
 
 def _clear_leftovers(directory: Path) -> None:
@@ -163,16 +170,3 @@ def _point_latest(directory: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, directory / LATEST)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True))
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk, so that a power cut keeps the rename's order."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cmkd_scale.losses import LOSSES
 from cmkd_scale.models.model import Model
+from cmkd_scale.records import ModelOutput
 from cmkd_scale.training.methods import Method
 from cmkd_scale.training.targets import MemoryTargets
 
@@ -48,6 +49,12 @@ class Distillation(nn.Module):
     def forward(self, inputs: Tensor, labels: Tensor, step: int) -> StepResult:
         """Loss of a batch: inputs [B, ...], labels [B]."""
         output = self.model(inputs)
+        # Under mixed precision the model runs in bfloat16; what compares it with the memory
+        # does not.
+        with torch.autocast(inputs.device.type, enabled=False):
+            return self._losses(output, labels, step)
+
+    def _losses(self, output: ModelOutput, labels: Tensor, step: int) -> StepResult:
         values: dict[str, object] = {
             "features": output.features,
             "logits": output.logits,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +14,12 @@ from torch import Tensor
 
 from cmkd_scale import distributed
 from cmkd_scale.config import TrainConfig
-from cmkd_scale.errors import CmkdError, PreemptedError
+from cmkd_scale.errors import CmkdError, IntegrityError, PreemptedError
 from cmkd_scale.records import Batch
 from cmkd_scale.training.checkpoint import Checkpoint, save_checkpoint
 from cmkd_scale.training.distillation import StepResult
 from cmkd_scale.training.engine import Engine
 from cmkd_scale.training.preemption import Preemption
-
-_log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
@@ -73,7 +71,7 @@ class Trainer:
         checkpoints: Path,
         seed: int,
         constants: Mapping[str, Any],
-        extra_files: Mapping[str, dict[str, Tensor]],
+        blobs: Mapping[str, bytes],
     ) -> None:
         """Set up a run at step 0.
 
@@ -84,7 +82,7 @@ class Trainer:
             checkpoints: directory of the checkpoints.
             seed: of whatever is random in a step.
             constants: stored in each checkpoint's state, e.g. digests.
-            extra_files: tensors stored in each checkpoint as they are.
+            blobs: files stored in each checkpoint as they are.
         """
         self.engine = engine
         self.loader = loader
@@ -92,12 +90,24 @@ class Trainer:
         self.checkpoints = checkpoints
         self.seed = seed
         self.constants = dict(constants)
-        self.extra_files = dict(extra_files)
+        self.blobs = dict(blobs)
         self.step = 0
         self._pending: dict[str, float] = {}
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue after the step at which ``checkpoint`` was written."""
+        """Continue after the step at which ``checkpoint`` was written.
+
+        Raises:
+            IntegrityError: it was written by a run with another model, memory or config.
+        """
+        # Through JSON, as the checkpoint's state went: tuples have become lists.
+        for name, value in json.loads(json.dumps(self.constants)).items():
+            if checkpoint.state.get(name) != value:
+                raise IntegrityError(
+                    f"The checkpoint at step {checkpoint.state.get('step')} was written with "
+                    f"another {name.replace('_', ' ')} than this run has; restore what it was "
+                    "trained with, or start in a new run directory."
+                )
         self.engine.load_state(
             checkpoint.files["model.safetensors"],
             checkpoint.files["optimizer/state.safetensors"],
@@ -143,7 +153,7 @@ class Trainer:
                         sink.log(self.step, values)
                 stop = preemption.agreed()
                 if stop or self._due(self.config.checkpoint_every_steps):
-                    self._refuse_divergence(result.loss)
+                    self._refuse_divergence(result.loss, norm)
                     self.save()
                 if stop:
                     raise PreemptedError(
@@ -154,33 +164,32 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint from rank 0; all ranks wait until it is complete."""
         begun = time.perf_counter()
-        if distributed.is_main():
-            state = {
-                "step": self.step,
-                "samples_seen": self.step * self.config.global_batch_size,
-                "loader": self.loader.state(),
-                **self.constants,
-            }
-            files = {
-                "model.safetensors": self.engine.model_state(),
-                "optimizer/state.safetensors": self.engine.optimizer_state(),
-                **self.extra_files,
-            }
-            path = save_checkpoint(
-                self.checkpoints,
-                Checkpoint(state=state, files=files),
-                keep=self.config.keep_checkpoints,
-            )
-            _log.debug("saved %s", path)
-        distributed.barrier()
+        distributed.run_on_main(self._write)
         self._pending["checkpoint_seconds"] = time.perf_counter() - begun
 
-    def _refuse_divergence(self, loss: Tensor) -> None:
-        """Stop all ranks when the loss of any is no longer finite, before it is saved."""
-        if distributed.any_rank(not bool(torch.isfinite(loss))):
+    def _write(self) -> None:
+        state = {
+            "step": self.step,
+            "samples_seen": self.step * self.config.global_batch_size,
+            "loader": self.loader.state(),
+            **self.constants,
+        }
+        files = {
+            "model.safetensors": self.engine.model_state(),
+            "optimizer/state.safetensors": self.engine.optimizer_state(),
+        }
+        save_checkpoint(
+            self.checkpoints,
+            Checkpoint(state=state, files=files, blobs=self.blobs),
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _refuse_divergence(self, loss: Tensor, norm: Tensor) -> None:
+        """Stop all ranks when loss or gradient of any is not finite, before it is saved."""
+        if distributed.any_rank(not bool(torch.isfinite(loss + norm))):
             raise CmkdError(
-                f"The loss is no longer finite at step {self.step}. Earlier checkpoints are "
-                "untouched; lower train.learning_rate or train.gradient_clip_norm and start "
+                f"Loss or gradient is no longer finite at step {self.step}. Earlier checkpoints "
+                "are untouched; lower train.learning_rate or train.gradient_clip_norm and start "
                 "again in a new run directory."
             )
 
@@ -200,7 +209,7 @@ class Trainer:
         losses = torch.stack([result.loss.detach(), *result.components.values()]).double()
         means = distributed.all_reduce_sum(losses) / distributed.world_size()
         values = dict(zip(names, means.tolist(), strict=True))
-        self._refuse_divergence(result.loss)
+        self._refuse_divergence(result.loss, norm)
         values["learning_rate"] = learning_rate
         values["grad_norm"] = float(norm)
         values.update({name: float(value) for name, value in measures.items()})

@@ -6,6 +6,7 @@ is one row; a new loss is one file in ``losses/`` and one row of ``LOSSES``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,7 +73,8 @@ def resolve_method(name: str, weights: Mapping[str, float]) -> Method:
     """The method ``name`` with some of its components weighted otherwise.
 
     Raises:
-        UsageError: unknown method or component, or a negative weight.
+        UsageError: unknown method or component, a weight that is no finite number from 0
+            on, or none left that trains the head.
     """
     if name not in METHODS:
         raise UsageError(f"method.name '{name}' is unknown; {did_you_mean(name, METHODS)}")
@@ -83,11 +85,18 @@ def resolve_method(name: str, weights: Mapping[str, float]) -> Method:
                 f"method.weights.{component} is not a component of '{name}'; "
                 f"{did_you_mean(component, method.weights)}"
             )
-        if weight < 0:
+        if not 0 <= weight < math.inf:
             raise UsageError(f"method.weights.{component} is {weight}; it must be 0 or more.")
+    combined = {**method.weights, **weights}
+    on_logits = [name for name in combined if "logits" in LOSSES[name].needs.values()]
+    if not any(combined[name] > 0 for name in on_logits):
+        raise UsageError(
+            f"method.weights leaves nothing that trains the student's head: give one of "
+            f"{', '.join(on_logits)} a weight above 0."
+        )
     return Method(
         summary=method.summary,
-        weights={**method.weights, **weights},
+        weights=combined,
         head_transfer=method.head_transfer,
         source=method.source,
     )

@@ -98,6 +98,7 @@ def test_any_schedule_of_world_sizes_reads_the_same_samples(
     assert read == list(itertools.chain(*keys(make(reader), total)))
 
 
+@pytest.mark.slow
 def test_the_state_is_that_of_the_last_delivered_batch(reader: SampleReader) -> None:
     loader = make(reader, workers=2)
     batches = loader.batches()
@@ -110,6 +111,7 @@ def test_the_state_is_that_of_the_last_delivered_batch(reader: SampleReader) -> 
     assert first + keys(resumed, 3) == keys(make(reader), 5)
 
 
+@pytest.mark.slow
 def test_augmentation_depends_on_seed_and_position_alone(reader: SampleReader) -> None:
     def marks(**options: int) -> dict[tuple[int, str], int]:
         world_size = options.get("world_size", 1)

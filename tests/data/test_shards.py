@@ -28,7 +28,6 @@ from cmkd_scale.data.manifest import manifest_digest
 from cmkd_scale.data.sample_index import index_bytes, index_tar, read_index
 from cmkd_scale.data.shards import (
     Manifest,
-    file_digest,
     find_manifests,
     load_index,
     load_manifest,
@@ -36,6 +35,7 @@ from cmkd_scale.data.shards import (
     verify,
 )
 from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.files import file_digest
 from cmkd_scale.records import UNLABELLED, Sample
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -217,6 +217,7 @@ def run_program(tmp_path: Path, kill_at: int, hash_seed: int) -> int:
     ).returncode
 
 
+@pytest.mark.slow
 def test_killed_build_leaves_nothing_to_accept_and_goes_on(tmp_path: Path) -> None:
     numbers = DATASETS["numbers"](None, {"n_per_class": "1"})
     whole = build(numbers, tmp_path / "whole", modality="text", split="train", samples_per_shard=30)

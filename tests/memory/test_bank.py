@@ -16,7 +16,7 @@ from cmkd_scale.memory.bank import (
     random_teacher,
     save_memory,
 )
-from tests.memory.examples import example_memory
+from tests.memory.examples import build_from, example_memory, teacher_data
 
 
 def test_a_saved_memory_loads_unchanged(tmp_path: Path) -> None:
@@ -128,3 +128,15 @@ def test_alignment_is_by_name_not_by_index() -> None:
 def test_no_common_name_is_refused() -> None:
     with pytest.raises(UsageError, match="no class name in common"):
         align_to_student(example_memory(), ["cat", "dog"])
+
+
+def test_a_class_that_the_teachers_data_lacked_counts_as_unknown() -> None:
+    features, labels, weight, bias = teacher_data()
+    kept = labels != 2
+    memory = build_from(features[kept], labels[kept], weight, bias)
+    aligned = align_to_student(memory, memory.class_names)
+    assert float(aligned.soft_labels[:, 2].abs().max()) == 0.0
+    torch.testing.assert_close(aligned.soft_labels.sum(1), torch.ones(len(aligned.prototypes)))
+    assert aligned.head_weight[2].tolist() == [0.0] * 8
+    with pytest.raises(UsageError, match="no class name in common"):
+        align_to_student(memory, ["class 2"])

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
-from sklearn.neighbors import NearestNeighbors
 
 from cmkd_scale.errors import UsageError
-from cmkd_scale.memory.prototypes import cluster, nearest_prototypes, prototype_count
+from cmkd_scale.memory.prototypes import cluster, prototype_count
 
 
 def blobs(seed: int, per_blob: int = 40, count: int = 5, dim: int = 6) -> np.ndarray:
@@ -59,16 +58,6 @@ def test_the_rule_for_the_number_of_prototypes(
     samples: int, wanted: int | None, expected: int
 ) -> None:
     assert prototype_count(samples, wanted) == expected
-
-
-def test_nearest_prototypes_against_scikit_learn() -> None:
-    prototypes, queries = blobs(3), blobs(4)[:50]
-    distance, index = nearest_prototypes(queries, prototypes, 3)
-    reference = NearestNeighbors(n_neighbors=3).fit(prototypes).kneighbors(queries)
-    np.testing.assert_allclose(distance, reference[0], atol=1e-3)
-    assert (index == reference[1]).mean() > 0.99  # ties may fall either way
-    with pytest.raises(UsageError, match="were asked for"):
-        nearest_prototypes(queries, prototypes[:2], 3)
 
 
 def test_a_missing_faiss_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist  # noqa: TID251
 
 from cmkd_scale import distributed
+from cmkd_scale.errors import CmkdError, IntegrityError
 
 dist.init_process_group("gloo")
 rank, world = distributed.rank(), distributed.world_size()
@@ -27,6 +28,24 @@ assert nothing.shape == (0, 5)
 assert distributed.gather_integers(10 * rank) == [10 * r for r in range(world)]
 assert distributed.any_rank(rank == world - 1)
 assert not distributed.any_rank(False)
+
+
+def fail() -> None:
+    raise IntegrityError("broken")
+
+
+stopped = None
+try:
+    distributed.run_on_main(fail)
+except CmkdError as error:
+    stopped = error
+# The cause on rank 0, the same exit code everywhere.
+assert stopped is not None
+assert stopped.exit_code == 42
+assert isinstance(stopped, IntegrityError) == (rank == 0)
+done: list[int] = []
+distributed.run_on_main(lambda: done.append(rank))
+assert done == ([0] if rank == 0 else [])
 distributed.barrier()
 print("collectives right\n", end="", flush=True)
 dist.destroy_process_group()

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import yaml
 from safetensors.torch import load_file
 
 from cmkd_scale.config import make_config
-from cmkd_scale.memory.bank import load_memory
+from cmkd_scale.errors import CmkdError, IntegrityError, UsageError
+from cmkd_scale.memory.bank import load_memory, save_memory
 from cmkd_scale.stages.build_memory import memory
 from cmkd_scale.stages.evaluate import evaluate
 from cmkd_scale.stages.student import student
+from cmkd_scale.training.checkpoint import load_newest
 from cmkd_scale.training.methods import METHODS
 from tests.conftest import REPOSITORY, Launch
 from tests.stages.conftest import Story
@@ -111,6 +114,56 @@ def test_a_memory_stage_run_again_changes_nothing(own_story: Story) -> None:
     assert load_memory(own_story.memory).digest() == before
 
 
+def test_a_run_does_not_continue_with_another_memory(own_story: Story, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    student(own_story.config(run, train={"steps": 4}), console=False)
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        copy = load_memory(checkpoint / "memory.safetensors")
+        assert copy.digest() == load_memory(own_story.memory).digest()
+    built = load_memory(own_story.memory)
+    save_memory(replace(built, temperature=2.0), own_story.memory / "memory.safetensors")
+    with pytest.raises(IntegrityError, match="another memory digest"):
+        student(own_story.config(run, train={"steps": 4}), console=False)
+
+
+def test_a_diverged_run_is_stopped_before_it_is_saved(story: Story, tmp_path: Path) -> None:
+    with pytest.raises(CmkdError, match="no longer finite"):
+        student(
+            story.config(tmp_path, train={"learning_rate": 1e30}),
+            console=False,
+        )
+    found = load_newest(tmp_path / "checkpoints")
+    assert found is None or all(
+        torch.isfinite(value).all() for value in found[0].files["model.safetensors"].values()
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_cannot_write_into_one_run(
+    story: Story, tmp_path: Path, launch: Launch
+) -> None:
+    student(story.config(tmp_path / "run", train={"steps": 1}), console=False)  # and keeps it
+    tree = story.tree(tmp_path / "run", train={"steps": 1})
+    done = launch("student", "--config", write_config(tmp_path / "s.yaml", tree), check=False)
+    assert done.returncode == 2
+    assert "Another process is writing" in done.stderr
+
+
+def test_an_unfinished_teacher_or_a_student_is_no_teacher(
+    story: Story, own_story: Story, tmp_path: Path
+) -> None:
+    tree = yaml.safe_load((own_story.teacher / "config.yaml").read_text())
+    tree["train"]["steps"] = 50
+    (own_story.teacher / "config.yaml").write_text(yaml.safe_dump(tree))
+    config = {"run": {"dir": str(tmp_path / "m")}, "teacher": {"run": str(own_story.teacher)}}
+    with pytest.raises(UsageError, match="at step 12 of 50"):
+        memory(make_config(config))
+    student(story.config(tmp_path / "s", train={"steps": 1}), console=False)
+    config["teacher"]["run"] = str(tmp_path / "s")
+    with pytest.raises(UsageError, match="no run of `cmkd teacher`"):
+        memory(make_config(config))
+
+
 @pytest.mark.multirank
 def test_the_memory_is_the_same_for_every_number_of_processes(
     story: Story, tmp_path: Path, launch: Launch
@@ -145,6 +198,25 @@ def test_losses_do_not_depend_on_the_number_of_processes(
     assert torch.equal(one["labels"], two["labels"])
 
 
+@pytest.mark.slow
+def test_workers_survive_a_signal_to_the_whole_group(story: Story, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tree = story.tree(run, data={"workers": 1}, train={"steps": 12})
+    file = write_config(tmp_path / "student.yaml", tree)
+    script = KILL_AT_STEP.replace("os.kill(os.getpid(), number)", "os.killpg(0, number)")
+    done = subprocess.run(
+        [sys.executable, "-c", script, "SIGTERM", "6", "student", "--config", str(file)],
+        cwd=REPOSITORY,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    assert done.returncode == 138, done.stderr
+    assert (run / "checkpoints" / "latest").resolve().name == "step_00000007"
+
+
 KILL_AT_STEP = """
 import os, signal, sys
 from cmkd_scale.training import loop
@@ -166,6 +238,7 @@ raise SystemExit(main(sys.argv[3:]))
 @pytest.mark.parametrize(
     ("number", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 138), ("SIGUSR1", 138)]
 )
+@pytest.mark.slow
 def test_a_run_that_was_stopped_continues_to_the_same_end(
     story: Story, tmp_path: Path, number: str, code: int
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.training import checkpoint as module
@@ -46,6 +47,17 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         save_checkpoint(tmp_path, example(step), keep=2)
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000003", "step_00000010"]
+
+
+def test_a_damaged_later_checkpoint_never_costs_the_one_just_written(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, example(8), keep=2)
+    broken = save_checkpoint(tmp_path, example(10), keep=2)
+    harm(broken / "model.safetensors", "flip")
+    save_checkpoint(tmp_path, example(9), keep=1)
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert found[0].state["step"] == 9
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_00000009"]
 
 
 def test_nothing_saved_is_not_an_error(tmp_path: Path) -> None:
@@ -127,7 +139,8 @@ def test_a_full_disk_is_explained_and_harms_nothing(
     save_checkpoint(tmp_path, example(1), keep=1)
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        # safetensors reports errors of the disk in its own class.
+        raise SafetensorError("No space left on device")
 
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(UsageError, match="No space left on device"):

@@ -162,3 +162,15 @@ def test_the_potentials_are_saved_and_the_memory_is_not() -> None:
 def test_widths_that_differ_are_refused_with_the_remedy() -> None:
     with pytest.raises(UsageError, match=r"model\.feature_dim=8"):
         make_targets(example_memory(), dim=16)
+
+
+def test_mixed_precision_leaves_memory_and_losses_in_float32() -> None:
+    module = make("ucmkd_global")
+    exact = module(*batch(), 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = module(*batch(), 0)
+    assert mixed.loss.dtype == torch.float32
+    assert mixed.received is not None
+    # Each of 12 samples sends a mass of exactly 1, which bfloat16 would round.
+    assert float(mixed.received.sum()) == pytest.approx(24.0, abs=1e-4)
+    assert mixed.loss.item() == pytest.approx(exact.loss.item(), rel=0.05)

@@ -39,6 +39,13 @@ def test_weights_are_overridden_one_by_one() -> None:
         ("ce", {"transport_cost": 1.0}, "not a component of 'ce'"),
         ("ucmkd_global", {"transport_kost": 1.0}, "did you mean 'transport_cost'"),
         ("ucmkd_global", {"transport_cost": -1.0}, "0 or more"),
+        ("ucmkd_global", {"transport_cost": float("nan")}, "0 or more"),
+        ("ce", {"cross_entropy": 0.0}, "trains the student's head"),
+        (
+            "ucmkd_global",
+            {"smoothed_cross_entropy": 0.0, "transported_soft_label": 0.0},
+            "trains the student's head",
+        ),
     ],
 )
 def test_wrong_choices(name: str, weights: dict[str, float], words: str) -> None:

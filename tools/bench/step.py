@@ -3,7 +3,7 @@
     python tools/bench/step.py [--quick] [--json FILE]
 
 One process, one thread. Variants run in turns; a ratio is the median over rounds of the
-variant's time divided by the cross-entropy step's in the same round. The row ``ce again`` is
+variant's time divided by the cross-entropy step's in the same round. The row ``ce_ls again`` is
 A against A: its distance from 1 is the noise.
 """
 

@@ -119,7 +119,8 @@ def add_room_noise(
     noise = np.fft.irfft(np.fft.rfft(white) / fall, len(speech))
     power = np.mean(speech.astype(np.float64) ** 2) / np.mean(noise**2)
     mixed = speech + noise * np.sqrt(power * 10 ** (-snr_db / 10))
-    return (mixed / max(1.0, float(np.abs(mixed).max()))).astype(np.float32)
+    scaled: NDArray[np.float32] = mixed / max(1.0, float(np.abs(mixed).max()))
+    return scaled.astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

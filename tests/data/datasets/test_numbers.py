@@ -206,6 +206,7 @@ for dataset, modality, split in (
 """
 
 
+@pytest.mark.slow
 def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     """In processes whose sets and dicts hash differently, in other places and time zones."""
     (tmp_path / "source").mkdir()
