@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cmkd_scale import distributed
-from cmkd_scale.config import TrainConfig
+from cmkd_scale.config_sections import TrainConfig
 from cmkd_scale.errors import CmkdError, IntegrityError, PreemptedError
 from cmkd_scale.records import Batch
 from cmkd_scale.training.checkpoint import Checkpoint, save_checkpoint

@@ -1,0 +1,141 @@
+"""The sections of a configuration: every key, its default, its unit and what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, fields explain themselves."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: Path | None = None
+    """Run directory; a stage started again on it continues from its newest valid checkpoint."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of initial weights, order, augmentation and labelled subset."""
+    world_size: int | None = Field(None, ge=1)
+    """Number of processes this run must have; unset takes what the launcher gives."""
+
+
+class DataConfig(Section):
+    """What is read, and how it becomes tensors."""
+
+    shards: str | None = None
+    """A directory of shards or ``builtin:numbers/MODALITY``, built into the cache on first use."""
+    modality: str | None = None
+    """Which modality to read when the directory holds several."""
+    source: Path | None = None
+    """For ``builtin:``: directory of the raw data (for ``numbers/audio`` the FSDD)."""
+    options: dict[str, str | int | float] = Field(default_factory=dict)
+    """For ``builtin:``: options of the data set's builder, as in ``cmkd shards build``."""
+    n_per_class: int | None = Field(None, ge=1)
+    """Train on this many labelled samples a class, chosen by ``run.seed``; unset: on all."""
+    train_split: str = "train"
+    """Split to train on, and to build the memory from."""
+    validation_split: str = "validation"
+    """Held-out split for the teacher's risk in the memory."""
+    test_split: str = "test"
+    """Split to evaluate on; never used for any choice."""
+    workers: int = Field(0, ge=0)
+    """Decoding processes of each rank; 0 decodes in the training process."""
+    cache_bytes: int = Field(512 * 2**20, ge=0)
+    """Decoded samples kept in memory by each process, at most this many bytes."""
+    augment: bool = True
+    """Augment training samples."""
+    transform: dict[str, float | int] = Field(default_factory=dict)
+    """Options of the modality's decoding and augmentation, e.g. ``n_mels``, ``frames``."""
+
+
+class ModelConfig(Section):
+    """Encoder, projection to the shared feature space, head."""
+
+    encoder: str | None = None
+    """Name in the table of encoders; unset takes the usual one of the modality."""
+    width: int = Field(16, ge=8)
+    """Channels of the encoder's first stage (ResNet) or its hidden width (transformer)."""
+    depth: int = Field(1, ge=1)
+    """Blocks a stage (ResNet) or layers (transformer)."""
+    feature_dim: int | None = Field(None, ge=2)
+    """Width of the shared feature space; unset: 128, or the memory's for a student."""
+
+
+class TeacherConfig(Section):
+    """The teacher that a memory is built from."""
+
+    run: Path | None = None
+    """Run directory of a finished ``cmkd teacher``."""
+
+
+class MemoryConfig(Section):
+    """The prototype memory."""
+
+    run: Path | None = None
+    """Run directory of ``cmkd memory`` (or its ``memory.safetensors``) that a student uses."""
+    prototypes_per_class: int | None = Field(None, ge=1)
+    """Prototypes a class; unset: about the square root of the class's count, at most 64."""
+    max_samples_per_class: int = Field(4096, ge=1)
+    """Samples a class that k-means sees, chosen by a hash of their place."""
+    temperature: float = Field(4.0, gt=0)
+    """Temperature of the teacher's soft labels."""
+    batch_size: int = Field(128, ge=1)
+    """Samples in a forward pass of the frozen teacher."""
+
+
+class MethodConfig(Section):
+    """How the student learns from the memory; weights left unset are the method's own."""
+
+    name: str | None = None
+    """Name in the table of methods (``cmkd methods``); unset: ``ce`` for a teacher,
+    ``ucmkd_global`` for a student."""
+    control: Literal["none", "permuted", "random"] = "none"
+    """Teacher replaced by one with permuted classes, or by an untrained one: a null control."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Weight of a loss component by name, instead of the method's own."""
+    epsilon_start: float = Field(0.1, gt=0)
+    """Entropic regularisation at step 0, in units of the median cost."""
+    epsilon_end: float = Field(0.02, gt=0)
+    """Entropic regularisation at the end, reached geometrically half-way."""
+    potential_rate: float = Field(0.1, gt=0)
+    """Step size of the transport potentials."""
+
+
+class TrainConfig(Section):
+    """The one step loop."""
+
+    steps: int = Field(300, ge=1)
+    """Optimiser steps."""
+    global_batch_size: int = Field(64, ge=1)
+    """Samples a step over all processes."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak of the schedule."""
+    warmup_steps: int = Field(20, ge=0)
+    """Steps of linear warm-up before the cosine to zero."""
+    weight_decay: float = Field(0.05, ge=0)
+    """AdamW's decoupled weight decay of matrices; norms and biases are exempt."""
+    gradient_clip_norm: float = Field(5.0, gt=0)
+    """Largest norm of the whole gradient."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Autocast of the forward pass; losses are computed in float32 always."""
+    log_every_steps: int = Field(10, ge=1)
+    """Steps between two lines of ``metrics.jsonl``."""
+    checkpoint_every_steps: int = Field(100, ge=1)
+    """Steps between two checkpoints; one more is written at the end."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class MonitorConfig(Section):
+    """How a run is watched."""
+
+    prometheus_port: int | None = Field(None, ge=0, le=65535)
+    """Port of ``/metrics`` and ``/healthz``; unset: no endpoint."""
+    prometheus_address: str = "127.0.0.1"
+    """Address that the endpoint listens on."""

@@ -1,0 +1,181 @@
+"""What each verb does with its parsed options: call a stage or an operation, print the result.
+
+Every import of a stage is inside its verb, so that help and wrong usage cost nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+
+def quickstart_verb(options: argparse.Namespace) -> None:
+    """Run the whole story."""
+    from cmkd_scale.stages.quickstart import quickstart, summary_table
+
+    results = quickstart(options.out, seed=options.seed, fsdd=options.fsdd)
+    _print(options, results, lambda: summary_table(results))
+
+
+def _stage(options: argparse.Namespace, run: Callable[..., dict[str, Any]]) -> None:
+    from cmkd_scale import distributed
+    from cmkd_scale.config import load_config
+
+    results = run(load_config(options.config, options.pairs))
+    if distributed.is_main():
+        _print(options, results, lambda: _stage_lines(results))
+
+
+def teacher_verb(options: argparse.Namespace) -> None:
+    """Train a teacher."""
+    from cmkd_scale.stages.teacher import teacher
+
+    _stage(options, teacher)
+
+
+def memory_verb(options: argparse.Namespace) -> None:
+    """Build a memory."""
+    from cmkd_scale.stages.build_memory import memory
+
+    _stage(options, memory)
+
+
+def student_verb(options: argparse.Namespace) -> None:
+    """Train a student."""
+    from cmkd_scale.stages.student import student
+
+    _stage(options, student)
+
+
+def evaluate_verb(options: argparse.Namespace) -> None:
+    """Evaluate a run."""
+    from cmkd_scale.stages.evaluate import evaluate
+
+    _stage(options, evaluate)
+
+
+def shards_build_verb(options: argparse.Namespace) -> None:
+    """Write shards."""
+    from cmkd_scale.operations.shards import build_shards
+
+    rows = build_shards(
+        options.dataset,
+        options.out,
+        source=options.source,
+        modality=options.modality,
+        split=options.split,
+        samples_per_shard=options.samples_per_shard,
+        options=options.pairs,
+    )
+    _print(options, {"splits": rows}, lambda: _split_lines(rows))
+
+
+def shards_verify_verb(options: argparse.Namespace) -> None:
+    """Check every digest."""
+    from cmkd_scale.operations.shards import verify
+
+    count = verify(options.directory)
+    result = {"directory": str(options.directory), "splits": count, "problems": []}
+    _print(options, result, lambda: f"{options.directory}: {count} splits, every digest right")
+
+
+def shards_info_verb(options: argparse.Namespace) -> None:
+    """Print what a directory of shards holds."""
+    from cmkd_scale.operations.shards import info
+
+    rows = info(options.directory)
+    _print(options, {"splits": rows}, lambda: _split_lines(rows))
+
+
+def shards_stream_verb(options: argparse.Namespace) -> None:
+    """Print keys in the order of training."""
+    # A closed pipe (`| head`) ends this verb quietly. Not so training, which would die with
+    # a scraper of its metrics that hangs up.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    from cmkd_scale.operations.shards import stream_keys
+
+    keys = stream_keys(
+        options.directory,
+        split=options.split,
+        modality=options.modality,
+        rank=options.rank,
+        world_size=options.world_size,
+        seed=options.seed,
+        stop_after=options.stop_after,
+        state=options.state,
+        save_state=options.save_state,
+    )
+    if options.json:
+        _print(options, {"keys": list(keys)}, str)
+        return
+    count = 0
+    for key in keys:
+        count += 1
+        if options.print_keys:
+            print(key)
+    if not options.print_keys:
+        print(f"{count} samples")
+
+
+def methods_verb(options: argparse.Namespace) -> None:
+    """Print the method table."""
+    from cmkd_scale.operations.inspect import methods
+
+    rows = methods()
+
+    def table() -> str:
+        lines = []
+        for row in rows:
+            needs = "memory" if row["needs_memory"] else "nothing beside labels"
+            parts = ", ".join(f"{name} {weight:g}" for name, weight in row["weights"].items())
+            lines.append(f"{row['name']}: {row['summary']}")
+            lines.append(textwrap.indent(f"needs {needs}; {parts}", "    "))
+        return "\n".join(lines)
+
+    _print(options, {"methods": rows}, table)
+
+
+def memory_info_verb(options: argparse.Namespace) -> None:
+    """Print what a memory holds."""
+    from cmkd_scale.operations.inspect import memory_info
+
+    result = memory_info(options.file)
+    _print(options, result, lambda: "\n".join(f"{k}: {v}" for k, v in result.items()))
+
+
+def report_verb(options: argparse.Namespace) -> None:
+    """Write a report."""
+    from cmkd_scale.monitoring.report import write_report
+
+    out = options.out or options.runs[0] / "report.html"
+    files = write_report(options.runs, out)
+    result = {"report": str(out), "files": [str(file) for file in files]}
+    _print(options, result, lambda: f"wrote {out}")
+
+
+def _print(options: argparse.Namespace, value: dict[str, Any], text: Callable[[], str]) -> None:
+    print(json.dumps(value) if options.json else text())
+
+
+def _stage_lines(results: dict[str, Any]) -> str:
+    lines = [
+        f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
+        for name, value in results["metrics"].items()
+        if not isinstance(value, dict)
+    ]
+    if results.get("memory_digest"):
+        lines.append(f"memory digest: {results['memory_digest']}")
+    return "\n".join([*lines, f"seconds: {results['wall_seconds']:.1f}"])
+
+
+def _split_lines(rows: list[dict[str, Any]]) -> str:
+    return "\n".join(
+        f"{row['name']}: {row['samples']} samples in {row['shards']} shards, "
+        f"{row['bytes'] / 1e6:.1f} MB, {row['classes']} classes of "
+        f"{row['smallest_class']} to {row['largest_class']}"
+        for row in rows
+    )
