@@ -73,7 +73,7 @@ def locate_shards(
     def build_splits() -> None:
         for split in dataset.splits:
             if not (root / modality / split).is_dir():
-                _log.info("building %s/%s into %s", address, split, root)
+                _log.info("building %s, %s samples", address, split)
             build(
                 dataset, root, modality=modality, split=split, samples_per_shard=_SAMPLES_PER_SHARD
             )

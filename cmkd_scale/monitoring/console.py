@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -64,6 +65,28 @@ class ConsoleSink:
         """Leave the bar as it stands."""
         if self._progress is not None:
             self._progress.stop()
+
+
+@contextmanager
+def counting(title: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Progress of work that is counted: a callback taking (done, total).
+
+    A bar on a terminal; elsewhere one line when the work is done. To standard error unless
+    ``console`` is given.
+    """
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        with Progress(console=console) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    totals = [0]
+
+    def count(done: int, total: int) -> None:
+        totals[0] = total
+
+    yield count
+    console.print(f"{title}: {totals[0]:,}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(values: Mapping[str, float]) -> str:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import Progress
 
 from cmkd_scale.data.build import build
 from cmkd_scale.data.datasets import DATASETS
@@ -19,6 +15,7 @@ from cmkd_scale.data.shards import verify as verify_shards
 from cmkd_scale.data.stream import labelled_subset
 from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
 from cmkd_scale.files import to_json, write_atomically
+from cmkd_scale.monitoring.console import counting
 
 
 def build_shards(
@@ -55,7 +52,7 @@ def build_shards(
     rows = []
     for chosen_modality in modalities:
         for chosen_split in splits:
-            with _progress(f"{name}/{chosen_modality}/{chosen_split}") as advance:
+            with counting(f"{name}/{chosen_modality}/{chosen_split}") as advance:
                 manifest = build(
                     dataset,
                     out,
@@ -218,21 +215,3 @@ def _pairs(options: Sequence[str]) -> Mapping[str, str]:
             raise UsageError(f"'{option}' is not an option of the form key=value.")
         pairs[key] = value
     return pairs
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total): a bar on a terminal, a line at the end elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        seen = [0]
-
-        def count(done: int, total: int) -> None:
-            seen[0] = total
-
-        yield count
-        console.print(f"{title}: {seen[0]} samples", highlight=False)
-        return
-    with Progress(console=console) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

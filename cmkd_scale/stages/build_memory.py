@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cmkd_scale.files import read_json
 from cmkd_scale.memory.bank import FILE_NAME, PrototypeMemory, save_memory
 from cmkd_scale.memory.build import TeacherSamples, build_memory
 from cmkd_scale.memory.statistics import Moments
+from cmkd_scale.monitoring.console import counting
 from cmkd_scale.stages.common import (
     SplitData,
     Trained,
@@ -119,6 +120,11 @@ def _save_on_main(result: PrototypeMemory, file: Path) -> str:
     return digest
 
 
+def _progress(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Progress on rank 0."""
+    return counting(title) if distributed.is_main() else nullcontext(lambda done, total: None)
+
+
 def _mean_risk(result: PrototypeMemory) -> float | None:
     """Mean over the classes that have held-out samples; None if no class has."""
     known = result.class_risk[~result.class_risk.isnan()]
@@ -147,9 +153,10 @@ def _pass_over(
     """This rank's share of the teacher's pass over its data."""
     model = trained.model.to(device)
     classes = len(data.label_names)
-    places, labels, features, logits = infer(
-        model, data, device, batch_size=config.memory.batch_size
-    )
+    with _progress(f"samples of {data.reader.manifest.name} through the teacher") as advance:
+        places, labels, features, logits = infer(
+            model, data, device, batch_size=config.memory.batch_size, progress=advance
+        )
     moments = Moments(classes, features.shape[1])
     moments.update(features, labels)
     kept = torch.from_numpy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,12 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 @torch.no_grad()
 def infer(
-    model: Model, data: SplitData, device: torch.device, *, batch_size: int = _BATCH_SIZE
+    model: Model,
+    data: SplitData,
+    device: torch.device,
+    *,
+    batch_size: int = _BATCH_SIZE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pass this rank's share of the labelled samples through a model; no collectives.
 
@@ -78,7 +84,11 @@ def infer(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
+    total, done = len(data.labelled()), 0
     for where, batch in batches:
+        # Ranks take batches in turn, so this one's count stands for all.
+        done = min(total, done + len(where) * distributed.world_size())
+        progress(done, total)
         output = model(batch.inputs.to(device))
         parts.append(
             (

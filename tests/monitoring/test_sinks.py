@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from cmkd_scale.errors import IntegrityError
+from cmkd_scale.monitoring.console import counting
 from cmkd_scale.monitoring.jsonl import read_jsonl
 from cmkd_scale.monitoring.metrics import METRICS
 from cmkd_scale.monitoring.sinks import ConsoleSink, JsonlSink, PrometheusSink, Sinks
@@ -318,3 +319,11 @@ class TestPrometheus:
         second = PrometheusSink(first.port)
         assert second.port == first.port
         second.close()
+
+
+def test_counted_work_without_a_terminal_is_one_line() -> None:
+    buffer = io.StringIO()
+    with counting("clips [train]", Console(file=buffer)) as advance:
+        for done in range(1, 1201):
+            advance(done, 1200)
+    assert buffer.getvalue() == "clips [train]: 1,200\n"
