@@ -78,21 +78,14 @@ def memory(config: Config) -> dict[str, Any]:
         )
     file = directory / FILE_NAME
     digest = _save_on_main(result, file)
-    known = result.class_count > 0
     return write_results(
         directory,
         stage="memory",
         config=config,
         began=began,
         method=None,
-        metrics={
-            "memory/classes": int(known.sum()),
-            "memory/prototypes": len(result.prototypes),
-            "memory/samples": int(result.class_count.sum()),
-            "memory/mean_radius": float((result.radius * result.prototype_mass).sum())
-            / max(1, int(known.sum())),
-            "teacher/held_out_cross_entropy": _mean_risk(result),
-        },
+        steps=None,
+        metrics=_measures(result),
         memory_digest=digest,
         memory_file=str(file),
         empty_classes=[
@@ -101,6 +94,20 @@ def memory(config: Config) -> dict[str, Any]:
             if count == 0
         ],
     )
+
+
+def _measures(result: PrototypeMemory) -> dict[str, float | int | None]:
+    """What there is to say of a memory in numbers."""
+    known = int((result.class_count > 0).sum())
+    risk = result.class_risk[~result.class_risk.isnan()]
+    return {
+        "memory/classes": known,
+        "memory/prototypes": len(result.prototypes),
+        "memory/samples": int(result.class_count.sum()),
+        "memory/mean_radius": float((result.radius * result.prototype_mass).sum()) / max(1, known),
+        # Null if no class has held-out samples.
+        "teacher/held_out_cross_entropy": float(risk.mean()) if len(risk) else None,
+    }
 
 
 def _save_on_main(result: PrototypeMemory, file: Path) -> str:
@@ -123,12 +130,6 @@ def _save_on_main(result: PrototypeMemory, file: Path) -> str:
 def _progress(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
     """Progress on rank 0."""
     return counting(title) if distributed.is_main() else nullcontext(lambda done, total: None)
-
-
-def _mean_risk(result: PrototypeMemory) -> float | None:
-    """Mean over the classes that have held-out samples; None if no class has."""
-    known = result.class_risk[~result.class_risk.isnan()]
-    return float(known.mean()) if len(known) else None
 
 
 def _check_finished(trained: Trained, run: Path) -> None:

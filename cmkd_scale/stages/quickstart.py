@@ -69,24 +69,14 @@ def quickstart(out: Path, *, seed: int = 0, fsdd: Path | None = None) -> dict[st
     console.print(
         f"[bold]3/4 students[/]: {speech}, {CLIPS_PER_CLASS} labelled clips a class, {SEEDS} seeds"
     )
-    runs, rows = [teacher_run], []
-    for run_seed in range(seed, seed + SEEDS):
-        for name, control in METHODS:
-            label = name if control == "none" else f"{name}/{control}"
-            run = out / f"{label.replace('/', '-')}-seed{run_seed}"
-            config = _config(
-                run, run_seed, "audio", memory_run, name, control, fsdd, n_per_class=CLIPS_PER_CLASS
-            )
-            # Twenty plain lines for each of nine runs would bury the result.
-            results = student(config, console=console.is_terminal)
-            rows.append((label, run_seed, float(results["metrics"]["test/accuracy"])))
-            runs.append(run)
-            console.print(f"    {label} seed {run_seed}: {rows[-1][2]:.1%}", highlight=False)
+    rows, student_runs = _students(out, seed, memory_run, fsdd, console)
+    runs = [teacher_run, *student_runs]
     console.print("[bold]4/4 report[/]")
     results = {
         "stage": "quickstart",
         "speech": speech,
         "clips_per_class": CLIPS_PER_CLASS,
+        "seeds": list(range(seed, seed + SEEDS)),
         "teacher": {"test/accuracy": taught["metrics"]["test/accuracy"]},
         "summary": summarise(rows),
         "runs": [str(run.relative_to(out)) for run in runs],
@@ -98,15 +88,36 @@ def quickstart(out: Path, *, seed: int = 0, fsdd: Path | None = None) -> dict[st
     return {**results, "report": str(out / "report.html")}
 
 
+def _students(
+    out: Path, seed: int, memory_run: Path, fsdd: Path | None, console: Console
+) -> tuple[list[tuple[str, int, float]], list[Path]]:
+    """Train each method with each seed: (label, seed, accuracy), and the run directories."""
+    rows, runs = [], []
+    for run_seed in range(seed, seed + SEEDS):
+        for name, control in METHODS:
+            label = name if control == "none" else f"{name}/{control}"
+            run = out / f"{label.replace('/', '-')}-seed{run_seed}"
+            config = _config(
+                run, run_seed, "audio", memory_run, name, control, fsdd, n_per_class=CLIPS_PER_CLASS
+            )
+            # Twenty plain lines for each of nine runs would bury the result.
+            results = student(config, console=console.is_terminal)
+            accuracy = float(results["metrics"]["test/accuracy"])
+            rows.append((label, run_seed, accuracy))
+            runs.append(run)
+            console.print(f"    {label} seed {run_seed}: {accuracy:.1%}", highlight=False)
+    return rows, runs
+
+
 def summarise(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
-    """Mean, sample standard deviation and the value of each seed, by method."""
+    """Mean, sample standard deviation and the accuracy of each seed in order, by method."""
     summary: dict[str, Any] = {}
     for label in dict.fromkeys(label for label, _, _ in rows):
-        values = {str(seed): accuracy for name, seed, accuracy in rows if name == label}
+        values = [accuracy for name, _, accuracy in sorted(rows) if name == label]
         summary[label] = {
             "test/accuracy": {
-                "mean": statistics.mean(values.values()),
-                "std": statistics.stdev(values.values()) if len(values) > 1 else 0.0,
+                "mean": statistics.mean(values),
+                "std": statistics.stdev(values) if len(values) > 1 else 0.0,
                 "seeds": values,
             }
         }
@@ -115,10 +126,9 @@ def summarise(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
 
 def summary_table(results: dict[str, Any]) -> str:
     """The table that ends a quickstart, as text."""
-    seeds = list(next(iter(results["summary"].values()))["test/accuracy"]["seeds"])
     table = Table(title=f"test accuracy, {results['speech']}", title_justify="left")
     table.add_column("method")
-    for heading in ("mean", "std", *(f"seed {seed}" for seed in seeds), "x ce_ls"):
+    for heading in ("mean", "std", *(f"seed {seed}" for seed in results["seeds"]), "x ce_ls"):
         table.add_column(heading, justify="right")
     baseline = results["summary"][METHODS[0][0]]["test/accuracy"]["mean"]
     for label, row in results["summary"].items():
@@ -127,7 +137,7 @@ def summary_table(results: dict[str, Any]) -> str:
             label,
             f"{accuracy['mean']:.1%}",
             f"{accuracy['std']:.1%}",
-            *(f"{accuracy['seeds'][seed]:.1%}" for seed in seeds),
+            *(f"{value:.1%}" for value in accuracy["seeds"]),
             f"{accuracy['mean'] / baseline:.2f}" if baseline else "-",
         )
     console = Console(width=88)
