@@ -21,7 +21,7 @@ from cmkd_scale.data.datasets.keyed import keyed_order, keyed_rng
 from cmkd_scale.data.datasets.options import parse_options
 from cmkd_scale.data.datasets.protocols import Split
 from cmkd_scale.data.datasets.recordings import Recordings
-from cmkd_scale.data.datasets.speech import Speech
+from cmkd_scale.data.datasets.speech import SNR_DB, Speech
 from cmkd_scale.data.datasets.writing import Writing
 from cmkd_scale.errors import UsageError, did_you_mean
 from cmkd_scale.records import Sample
@@ -101,7 +101,7 @@ class Numbers:
             renderer = Writing(split, options.seed).render
         elif self._source is None:
             renderer = Speech(split, options.seed).render
-            recorded["speech"] = "synthesised"
+            recorded |= {"speech": "synthesised", "snr_db": list(SNR_DB)}
         else:
             fold = options.seed if options.fold is None else options.fold
             recordings = Recordings(self._source, split, fold, options.seed)

@@ -50,8 +50,9 @@ Hugo and anika; steph and steph2) are in one split; effects (robots, echoes, whi
 """
 
 _SPEEDS, _PITCHES, _GAPS = (120, 221), (20, 81), (0, 4)
-_SNR_DB = (3.0, 20.0)
-"""Synthesised voices are cleaner than any recording; this is a loud to a quiet room."""
+SNR_DB = (1.0, 16.0)
+"""Range of the speech's power over the noise's: synthesised voices are cleaner than any
+recording; this is a loud to a quiet room."""
 
 _SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: the callback runs inside espeak_Synth
 _DONT_EXIT = 0x8000  # report missing voices as a return value instead of exit(1)
@@ -93,7 +94,7 @@ class Speech:
         samples = synthesise(utterance).astype(np.float32) / np.float32(32768)
         # Resampling may swing past the loudest sample.
         quieter = resample(np.float32(0.8) * samples, SAMPLE_RATE, CLIP_RATE)
-        snr_db = float(rng.uniform(*_SNR_DB))
+        snr_db = float(rng.uniform(*SNR_DB))
         noisy = add_room_noise(quieter, CLIP_RATE, snr_db, rng)
         spoken = {field.name: getattr(utterance, field.name) for field in fields(utterance)}
         origin = {"speaker": variant, "snr_db": round(snr_db, 2), **spoken}
