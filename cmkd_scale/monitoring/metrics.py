@@ -7,7 +7,7 @@ nobody downstream has to know about restarts.
 
 ============================ ============================================================
 ``loss``                     total loss of the step, mean over the global batch
-``loss/<component>``         one component of it, before its weight
+``loss/<component>``         one summand of it, weighted
 ``learning_rate``            of the step
 ``grad_norm``                before clipping
 ``samples_seen``             samples of the whole run, all ranks, since step 0

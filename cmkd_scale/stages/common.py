@@ -221,7 +221,6 @@ def load_trained(run: Path, role: str) -> Trained:
         raise IntegrityError(
             f"Checkpoint {path} does not hold the model that its state describes ({error})."
         ) from None
-    model.eval()
     return Trained(model=model, spec=spec, config=read_config(run), state=checkpoint.state)
 
 

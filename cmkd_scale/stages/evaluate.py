@@ -17,7 +17,6 @@ from torch.nn import functional
 from cmkd_scale import distributed
 from cmkd_scale.config import Config
 from cmkd_scale.data.loader import ordered_batches
-from cmkd_scale.files import write_atomically
 from cmkd_scale.memory.sync import gather_sorted
 from cmkd_scale.models.model import Model
 from cmkd_scale.stages.common import (
@@ -26,7 +25,7 @@ from cmkd_scale.stages.common import (
     open_split_for,
     start_engine,
 )
-from cmkd_scale.stages.runs import write_results
+from cmkd_scale.stages.runs import write_file, write_results
 
 _BATCH_SIZE = 128
 
@@ -76,15 +75,16 @@ def infer(
     """
     model.eval()
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    labelled = data.labelled()
     batches = ordered_batches(
         data.reader,
         data.modality,
-        data.labelled(),
+        labelled,
         batch_size=batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    total, done = len(data.labelled()), 0
+    total, done = len(labelled), 0
     for where, batch in batches:
         # Ranks take batches in turn, so this one's count stands for all.
         done = min(total, done + len(where) * distributed.world_size())
@@ -109,7 +109,7 @@ def infer(
 
 
 def evaluate_model(
-    model: Model, data: SplitData, device: torch.device, directory: Path | None
+    model: Model, data: SplitData, device: torch.device, directory: Path
 ) -> dict[str, Any]:
     """Accuracy, cross-entropy and per-class accuracy on a split; a collective call.
 
@@ -117,18 +117,17 @@ def evaluate_model(
         model: moved to ``device`` and put into eval mode.
         data: the split.
         device: where to compute.
-        directory: where rank 0 writes ``predictions.safetensors``; None writes nothing.
+        directory: where rank 0 writes ``predictions.safetensors``.
     """
     model.to(device)
     places, labels, features, logits = infer(model, data, device)
     places, labels, features, logits = gather_sorted(places, labels, features, logits)
     predictions = logits.argmax(1)
     correct = (predictions == labels).numpy()
-    if directory is not None:
-        tensors = {"labels": labels, "predictions": predictions, "features": features}
-        content = save(tensors, metadata={"label_names": json.dumps(data.label_names)})
-        path = directory / "predictions.safetensors"
-        distributed.run_on_main(lambda: write_atomically(path, content))
+    tensors = {"labels": labels, "predictions": predictions, "features": features}
+    content = save(tensors, metadata={"label_names": json.dumps(data.label_names)})
+    path = directory / "predictions.safetensors"
+    distributed.run_on_main(lambda: write_file(path, content))
     truth = labels.numpy()
     per_class = {
         name: float(correct[truth == index].mean())

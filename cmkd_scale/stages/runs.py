@@ -109,8 +109,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         UsageError: it cannot be written.
     """
+    write_file(path, to_json(value))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a run atomically.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
-        write_atomically(path, to_json(value))
+        write_atomically(path, content)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error}. Free space and run again.") from None
 

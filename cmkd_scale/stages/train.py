@@ -56,7 +56,7 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
     """
     began = time.perf_counter()
     engine = start_engine(config)
-    engine.local_batch_size(config.train.global_batch_size)
+    engine.check_batch_size(config.train.global_batch_size)
     data = open_split(config, config.data.train_split)
     test = open_split(config, config.data.test_split)
     _check_labels(data, test)

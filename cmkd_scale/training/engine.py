@@ -54,8 +54,8 @@ class Engine:
         device: torch.device = self.accelerator.device
         return device
 
-    def local_batch_size(self, global_batch_size: int) -> int:
-        """This rank's share of a batch.
+    def check_batch_size(self, global_batch_size: int) -> None:
+        """Refuse a batch that ranks cannot share.
 
         Raises:
             UsageError: the batch cannot be divided evenly.
@@ -68,7 +68,6 @@ class Engine:
                 f"train.global_batch_size {global_batch_size} cannot be divided over {world} "
                 f"processes; use {' or '.join(map(str, choices))}, or another number of processes."
             )
-        return global_batch_size // world
 
     def prepare(self, module: Distillation, *, learning_rate: float, weight_decay: float) -> None:
         """Take a module for training with AdamW (Loshchilov and Hutter 2019)."""
