@@ -122,6 +122,7 @@ def _add_shards(parsers: Any) -> None:
     build.add_argument("--modality")
     build.add_argument("--split")
     build.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
+    build.add_argument("--workers", type=int, metavar="N", help="processes; default: all cores")
     build.add_argument("pairs", nargs="*", metavar="key=value")
     for name, run, summary in (
         ("verify", verbs.shards_verify_verb, "check every digest"),
@@ -129,6 +130,31 @@ def _add_shards(parsers: Any) -> None:
     ):
         action = _verb(actions, name, run, summary, f"cmkd shards {name} data/numbers")
         action.add_argument("directory", type=Path)
+    index = _verb(
+        actions,
+        "index",
+        verbs.shards_index_verb,
+        "index WebDataset tars of another origin, so that they can be read here",
+        "cmkd shards index data/tars --modality image --split train --labels names.txt",
+    )
+    index.add_argument("directory", type=Path)
+    index.add_argument("--modality", required=True)
+    index.add_argument("--split", default="train")
+    index.add_argument("--name", help="of the data set; default: the directory's")
+    index.add_argument(
+        "--labels", type=Path, metavar="FILE", help="a class name a line, in the order of cls"
+    )
+    index.add_argument("--workers", type=int, metavar="N", help="processes; default: all cores")
+    labels = _verb(
+        actions,
+        "labels",
+        verbs.shards_labels_verb,
+        "compare the labels of two unpaired streams: overlap, missing classes, shift",
+        "cmkd shards labels data/numbers/audio data/numbers/image",
+    )
+    labels.add_argument("learns", metavar="DIR_OR_URL")
+    labels.add_argument("teaches", metavar="DIR_OR_URL")
+    labels.add_argument("--split", default="train")
     stream = _verb(
         actions,
         "stream",
@@ -136,12 +162,16 @@ def _add_shards(parsers: Any) -> None:
         "print the order in which training reads",
         "cmkd shards stream data/numbers/audio --rank 0 --world-size 2 --print-keys",
     )
-    stream.add_argument("directory", type=Path)
+    stream.add_argument("directory", metavar="DIR_OR_URL")
     stream.add_argument("--rank", type=int, required=True)
     stream.add_argument("--world-size", type=int, required=True)
     stream.add_argument("--seed", type=int, default=0)
     stream.add_argument("--split", default="train")
     stream.add_argument("--modality")
+    stream.add_argument(
+        "--sampling", choices=("natural", "square_root", "balanced"), default="natural"
+    )
+    stream.add_argument("--samples", choices=("labelled", "unlabelled", "all"), default="labelled")
     stream.add_argument("--stop-after", type=int, metavar="N", help="counted for this rank")
     stream.add_argument("--state", type=Path, metavar="FILE", help="continue from here")
     stream.add_argument("--save-state", type=Path, metavar="FILE")

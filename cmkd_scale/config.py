@@ -32,7 +32,7 @@ from cmkd_scale.files import write_atomically
 
 _SHAPES_NO_RESULT: dict[str, Any] = {
     "run": {"dir", "world_size"},
-    "data": {"workers", "cache_bytes"},
+    "data": {"workers", "cache_bytes", "cache_limit_bytes", "max_bad_fraction"},
     "train": {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints"},
     "monitor": True,
 }

@@ -29,7 +29,8 @@ class DataConfig(Section):
     """What is read, and how it becomes tensors."""
 
     shards: str | None = None
-    """A directory of shards or ``builtin:numbers/MODALITY``, built into the cache on first use."""
+    """A directory of shards, its URL (``s3:// gs:// https:// hf://``), or
+    ``builtin:numbers/MODALITY``, which is built into the cache on first use."""
     modality: str | None = None
     """Which modality to read when the directory holds several."""
     source: Path | None = None
@@ -38,6 +39,12 @@ class DataConfig(Section):
     """For ``builtin:``: options of the data set's builder, as in ``cmkd shards build``."""
     n_per_class: int | None = Field(None, ge=1)
     """Train on this many labelled samples a class, chosen by ``run.seed``; unset: on all."""
+    sampling: Literal["natural", "square_root", "balanced"] = "natural"
+    """How often each class is drawn in an epoch: by its count, the count's root, or equally."""
+    label_map: dict[str, str] = Field(default_factory=dict)
+    """Other names for classes of the shards, as in ``{zero: "0"}``: modalities meet by name."""
+    max_bad_fraction: float = Field(0.001, ge=0, le=1)
+    """Damaged samples that a run goes on without, as a part of those that it reads."""
     train_split: str = "train"
     """Split to train on, and to build the memory from."""
     validation_split: str = "validation"
@@ -48,6 +55,8 @@ class DataConfig(Section):
     """Decoding processes of each rank; 0 decodes in the training process."""
     cache_bytes: int = Field(512 * 2**20, ge=0)
     """Decoded samples kept in memory by each process, at most this many bytes."""
+    cache_limit_bytes: int = Field(50 * 2**30, ge=0)
+    """Remote shards kept on local disk by all processes of a machine, in ``CMKD_CACHE``."""
     augment: bool = True
     """Augment training samples."""
     transform: dict[str, float | int] = Field(default_factory=dict)

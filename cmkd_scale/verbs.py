@@ -69,9 +69,33 @@ def shards_build_verb(options: argparse.Namespace) -> None:
         modality=options.modality,
         split=options.split,
         samples_per_shard=options.samples_per_shard,
+        workers=options.workers,
         options=options.pairs,
     )
     _print(options, {"splits": rows}, lambda: _split_lines(rows))
+
+
+def shards_index_verb(options: argparse.Namespace) -> None:
+    """Index tars of another origin."""
+    from cmkd_scale.operations.shards import index_shards
+
+    row = index_shards(
+        options.directory,
+        name=options.name,
+        modality=options.modality,
+        split=options.split,
+        labels=options.labels,
+        workers=options.workers,
+    )
+    _print(options, {"splits": [row]}, lambda: _split_lines([row]))
+
+
+def shards_labels_verb(options: argparse.Namespace) -> None:
+    """Compare the labels of two streams."""
+    from cmkd_scale.operations.shards import label_report
+
+    report = label_report(options.learns, options.teaches, split=options.split)
+    _print(options, report.to_json(), lambda: "\n".join(report.lines()))
 
 
 def shards_verify_verb(options: argparse.Namespace) -> None:
@@ -96,15 +120,19 @@ def shards_stream_verb(options: argparse.Namespace) -> None:
     # A closed pipe (`| head`) ends this verb quietly. Not so training, which would die with
     # a scraper of its metrics that hangs up.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    from cmkd_scale.operations.shards import stream_keys
+    from cmkd_scale.operations.stream import StreamOptions, stream_keys
 
     keys = stream_keys(
         options.directory,
-        split=options.split,
-        modality=options.modality,
-        rank=options.rank,
-        world_size=options.world_size,
-        seed=options.seed,
+        StreamOptions(
+            split=options.split,
+            modality=options.modality,
+            rank=options.rank,
+            world_size=options.world_size,
+            seed=options.seed,
+            sampling=options.sampling,
+            samples=options.samples,
+        ),
         stop_after=options.stop_after,
         state=options.state,
         save_state=options.save_state,

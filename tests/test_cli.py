@@ -262,7 +262,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         2,
         "--rank 2",
     ),
-    "remote shards": (nothing, [*STUDENT, "data.shards=s3://bucket/x"], 2, "is remote"),
+    "remote shards": (nothing, [*STUDENT, "data.shards=pipe://cat"], 2, "s3://, gs://"),
     "fractional option": (
         nothing,
         [*STUDENT, "data.transform.max_bytes=32.5"],

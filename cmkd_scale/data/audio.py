@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cmkd_scale.errors import UsageError
 
+_BLOCK = 1 << 20  # numbers to decode at a time
 _INSTALL = "pip install 'cmkd_scale[audio]'"
 
 
@@ -33,11 +34,18 @@ def read_sound(content: bytes, max_seconds: float) -> tuple[NDArray[np.float32],
             if not 0 < file.frames <= max_seconds * file.samplerate:
                 seconds = file.frames / file.samplerate
                 raise ValueError(f"it lasts {seconds:g} s; at most {max_seconds:g} s are read")
-            samples = file.read(dtype="float32", always_2d=True)
+            # In blocks: room for all that the header claims could be gigabytes.
+            size, blocks = max(1, _BLOCK // file.channels), []
+            while len(block := file.read(size, dtype="float32", always_2d=True)):
+                blocks.append(block.mean(axis=1))
+                if len(block) < size:
+                    break
             rate = int(file.samplerate)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"not a sound file ({error.error_string})") from None
     except soundfile.SoundFileError as error:
         raise ValueError(f"not a sound file ({error})") from None
-    mono: NDArray[np.float32] = samples.mean(axis=1)
+    mono: NDArray[np.float32] = np.concatenate([np.zeros(0, np.float32), *blocks])
     if not len(mono) or not np.isfinite(mono).all():
         raise ValueError("it holds no samples, or some that are not numbers")
     return mono, rate

@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cmkd_scale.data.build_shard import (
+    finished,
+    open_source,
+    write_shard,
+    write_shard_in_worker,
+)
 from cmkd_scale.data.datasets.protocols import Dataset, Split
 from cmkd_scale.data.manifest import MANIFEST, PARTIAL, Manifest, ShardRecord, load_manifest
 from cmkd_scale.data.plan import make_manifest, make_plan, plan_of, refuse_other_plan
-from cmkd_scale.data.sample_index import index_bytes, index_tar
-from cmkd_scale.data.shards import load_index
-from cmkd_scale.errors import IntegrityError, UsageError
-from cmkd_scale.files import file_digest, read_json, sync, to_json, write_atomically
-from cmkd_scale.records import UNLABELLED, Sample
+from cmkd_scale.data.shards import lost_shards, map_index
+from cmkd_scale.data.workers import context
+from cmkd_scale.errors import UsageError
+from cmkd_scale.files import read_json, sync, to_json, write_atomically
 
 _PLAN = "plan.json"
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with an extension it must fit a USTAR header
 
 
 def build(
@@ -38,6 +41,7 @@ def build(
     modality: str,
     split: str,
     samples_per_shard: int,
+    workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Write ``out/{modality}/{split}``, or return what is there if it was built as asked.
@@ -48,6 +52,7 @@ def build(
         modality: one of the data set's.
         split: one of the data set's.
         samples_per_shard: samples in a tar; the last one may hold fewer.
+        workers: processes that write shards; 0 or 1 writes them here. The bytes are the same.
         progress: called with (samples done, samples in all) now and then.
 
     Raises:
@@ -68,12 +73,16 @@ def build(
     try:
         with _locked(final) as partial:
             if not final.exists():
-                _write_split(source, partial, final, plan, progress)
+                job = _Job(source, (dataset, modality, split), workers)
+                _write_split(job, partial, final, plan, progress)
     except OSError as error:
         raise UsageError(f"Shards cannot be written to {final}: {error}.") from error
     manifest = load_manifest(final)
     refuse_other_plan(plan, plan_of(manifest), final)
-    load_index(manifest)  # sizes and index digests: cheap, and `verify` reads the rest
+    for number in range(len(manifest.shards)):
+        map_index(manifest, number)  # digests of the indexes; `verify` reads the rest
+    for _, lost in lost_shards(manifest):
+        raise lost
     progress(len(source), len(source))
     return manifest
 
@@ -101,8 +110,18 @@ def _locked(final: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Where samples come from, here and in workers."""
+
+    source: Split
+    arguments: tuple[Dataset, str, str]
+    """Data set, modality and split, from which a worker opens a source of its own."""
+    workers: int
+
+
 def _write_split(
-    source: Split,
+    job: _Job,
     partial: Path,
     final: Path,
     plan: dict[str, Any],
@@ -115,7 +134,7 @@ def _write_split(
         if (partial / _PLAN).exists():
             refuse_other_plan(plan, read_json(partial / _PLAN), partial)
         write_atomically(partial / _PLAN, to_json(plan))
-        records = _write_shards(source, partial, plan, progress)
+        records = _write_shards(job, partial, plan, progress)
         write_atomically(partial / MANIFEST, to_json(make_manifest(plan, records)))
     for path in [*partial.glob("shard-*.json"), partial / _PLAN]:
         path.unlink(missing_ok=True)
@@ -124,84 +143,37 @@ def _write_split(
 
 
 def _write_shards(
-    source: Split, partial: Path, plan: dict[str, Any], progress: Callable[[int, int], None]
+    job: _Job, partial: Path, plan: dict[str, Any], progress: Callable[[int, int], None]
 ) -> list[ShardRecord]:
-    records = []
     total, step = plan["samples"], plan["samples_per_shard"]
-    for number, start in enumerate(range(0, total, step)):
-        stop = min(start + step, total)
-        name = f"shard-{number:06d}"
-        record = _finished(partial, name)
-        if record is None:
-            record = _write_shard(source, partial, name, range(start, stop), progress)
-        records.append(record)
-        progress(stop, total)
-    return records
-
-
-def _finished(partial: Path, name: str) -> ShardRecord | None:
-    """The record of a shard that is there, unharmed; None if it has to be made."""
-    path = partial / f"{name}.json"
-    if not path.exists():
-        return None
-    try:
-        record = ShardRecord(**read_json(path))
-        whole = (
-            file_digest(partial / record.url) == record.sha256
-            and file_digest(partial / str(record.index)) == record.index_sha256
-        )
-    except (OSError, TypeError, IntegrityError):
-        return None
-    return record if whole else None
-
-
-def _write_shard(
-    source: Split,
-    partial: Path,
-    name: str,
-    places: range,
-    progress: Callable[[int, int], None],
-) -> ShardRecord:
-    from webdataset import TarWriter
-
-    tar, index_path = partial / f"{name}.tar", partial / f"{name}.index.safetensors"
-    temporary = partial / f".{name}.tar.tmp"
-    counts: Counter[str] = Counter()
-    with temporary.open("wb") as file:
-        with TarWriter(file, mtime=0, encoder=False) as writer:
-            for place in places:
-                sample = source[place]
-                writer.write(_members(sample, len(source.label_names)))
-                if sample.label != UNLABELLED:
-                    counts[source.label_names[sample.label]] += 1
-                progress(place + 1, len(source))
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, tar)
-    index = index_tar(tar)
-    if len(index) != len(places):
-        raise ValueError(f"{len(places)} samples from {places.start} on share keys")
-    write_atomically(index_path, index_bytes(index))
-    record = ShardRecord(
-        url=tar.name,
-        nsamples=len(index),
-        filesize=tar.stat().st_size,
-        sha256=file_digest(tar),
-        index=index_path.name,
-        index_sha256=file_digest(index_path),
-        class_counts=dict(sorted(counts.items())),
-    )
-    write_atomically(partial / f"{name}.json", to_json(asdict(record)))
-    return record
-
-
-def _members(sample: Sample, classes: int) -> dict[str, Any]:
-    """What a tar writer takes; a sample that readers would misread is a fault of its adapter."""
-    label = sample.members.get("cls")
-    stated = str(sample.label).encode() if sample.label != UNLABELLED else None
-    if not _KEY.fullmatch(sample.key) or label != stated or sample.label >= classes:
-        raise ValueError(
-            f"sample '{sample.key}' has label {sample.label} and cls {label!r}; keys take "
-            "letters, digits, _ and -, and cls holds the label in ASCII"
-        )
-    return {"__key__": sample.key, **sample.members}
+    parts = {
+        f"shard-{number:06d}": range(start, min(start + step, total))
+        for number, start in enumerate(range(0, total, step))
+    }
+    records = {name: finished(partial, name) for name in parts}
+    missing = [name for name, record in records.items() if record is None]
+    done = total - sum(len(parts[name]) for name in missing)
+    progress(done, total)
+    workers = min(job.workers, len(missing))
+    if workers < 2:
+        for name in missing:
+            records[name] = write_shard(job.source, partial, name, parts[name])
+            done += len(parts[name])
+            progress(done, total)
+        return [record for record in records.values() if record is not None]
+    with ProcessPoolExecutor(
+        workers, mp_context=context(), initializer=open_source, initargs=job.arguments
+    ) as pool:
+        futures = {
+            pool.submit(write_shard_in_worker, partial, name, parts[name]): name for name in missing
+        }
+        try:
+            for future in as_completed(futures):
+                records[futures[future]] = future.result()
+                done += len(parts[futures[future]])
+                progress(done, total)
+        except BaseException:
+            # Shards that are begun are finished; a build that is run again goes on after them.
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [record for record in records.values() if record is not None]

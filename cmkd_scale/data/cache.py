@@ -1,8 +1,9 @@
 """Files fetched from elsewhere, kept on local disk by digest and shared by all who need them.
 
 ``SHA256`` is a finished file: complete, synced and verified before it got that name.
-``SHA256.part`` is one being fetched; whoever holds its exclusive lock appends to it, the
-others wait for the lock. The kernel drops the locks of a killed process, so what it had
+``SHA256.part`` is one being fetched; whoever holds the exclusive lock of ``SHA256.lock``
+appends to it, the others wait for that lock (not for one of the file itself, which its
+readers may keep for hours). The kernel drops the locks of a killed process, so what it had
 fetched is continued by the next. Readers hold a shared lock as long as they have a finished
 file open, so that eviction passes it by.
 """
@@ -25,7 +26,7 @@ from cmkd_scale.files import sync
 
 _log = logging.getLogger(__name__)
 
-_ENTRY = re.compile(r"[0-9a-f]{64}(\.part)?")
+_ENTRY = re.compile(r"[0-9a-f]{64}(\.part|\.lock)?")
 _RESTARTS = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -135,16 +136,24 @@ class ShardCache:
     @contextlib.contextmanager
     def _partial(self, sha256: str) -> Iterator[int | None]:
         """A locked descriptor of the partial file; None: another process dealt with it."""
-        path = self.root / f"{sha256}.part"
-        with _locked(path, os.O_RDWR | os.O_CREAT) as descriptor:
-            if not _is_at(descriptor, path):
+        path, lock = self.root / f"{sha256}.part", self.root / f"{sha256}.lock"
+        with _locked(lock, os.O_RDWR | os.O_CREAT) as turn:
+            if not _is_at(turn, lock):
                 yield None
                 return
             try:
-                yield descriptor
+                # Nobody waits for this one; it keeps eviction off, also as a finished file.
+                with _locked(path, os.O_RDWR | os.O_CREAT) as descriptor:
+                    if not _is_at(descriptor, path):
+                        yield None
+                        return
+                    try:
+                        yield descriptor
+                    finally:
+                        if _is_at(descriptor, path) and os.fstat(descriptor).st_size == 0:
+                            path.unlink()
             finally:
-                if _is_at(descriptor, path) and os.fstat(descriptor).st_size == 0:
-                    path.unlink()
+                lock.unlink()
 
     def _add(
         self, sha256: str, size: int | None, address: str, fetch: Fetch, descriptor: int
@@ -181,11 +190,13 @@ class ShardCache:
                 if _ENTRY.fullmatch(entry.name):
                     with contextlib.suppress(FileNotFoundError):  # renamed since
                         stat = entry.stat()
-                        entries.append((stat.st_mtime_ns, stat.st_size, Path(entry.path)))
+                        age = stat.st_mtime_ns if stat.st_size else 0
+                        entries.append((age, stat.st_size, Path(entry.path)))
             excess = sum(size for _, size, _ in entries) + wanted - self.limit_bytes
             for _, size, path in sorted(entries):
                 if excess <= 0:
                     return
+                # The lock of a killed process goes like any other file.
                 if _remove_unused(path):
                     excess -= size
         if excess > 0 and self.root not in _warned:

@@ -1,4 +1,4 @@
-"""Workers, decoding, batches; its state is that of the last batch DELIVERED.
+"""Batches for training and evaluation; the state is that of the last batch DELIVERED.
 
 Training batches are endless and counted in samples, so every rank always gets the same
 number of them; evaluation batches give every sample exactly once over all ranks.
@@ -6,213 +6,210 @@ number of them; evaluation batches give every sample exactly once over all ranks
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from cmkd_scale import distributed
+from cmkd_scale.data.damage import REASONS, DamagedError, Incident, Quarantine
+from cmkd_scale.data.decoding import Decoder, Delivery, Request
 from cmkd_scale.data.modalities import Modality
-from cmkd_scale.data.order import Position, epoch_order, rank_positions, stable_hash
+from cmkd_scale.data.order import Order, Position, rank_positions, stable_hash
+from cmkd_scale.data.prefetch import Prefetch
+from cmkd_scale.data.state import check_state, stream_state
 from cmkd_scale.data.stream import SampleReader
-from cmkd_scale.errors import CmkdError, IntegrityError
+from cmkd_scale.data.workers import answers
+from cmkd_scale.errors import CmkdError, IntegrityError, UsageError
 from cmkd_scale.records import Batch
 
-_Place = tuple[int, int]
-"""(epoch, position), or (-1, place) for a sample that is not augmented."""
-
-
-class _Decoded(Dataset[tuple[Tensor, int, str] | CmkdError]):
-    """Decoded and augmented samples; decoded ones are kept in memory up to a limit."""
-
-    def __init__(
-        self,
-        reader: SampleReader,
-        modality: Modality,
-        subset: NDArray[np.int64],
-        *,
-        seed: int,
-        augment: bool,
-        cache_bytes: int,
-    ) -> None:
-        self.reader = reader
-        self.modality = modality
-        self.subset = subset
-        self.seed = seed
-        self.augment = augment
-        self.room = cache_bytes
-        self.cache: dict[int, Tensor] = {}
-        self.order: tuple[int, NDArray[np.int64]] = (-1, subset)
-
-    def __getitem__(self, where: _Place) -> tuple[Tensor, int, str] | CmkdError:
-        # Raised in a worker, an error would arrive wrapped into the worker's traceback.
-        try:
-            return self.sample(*where)
-        except CmkdError as error:
-            return error
-
-    def sample(self, epoch: int, position: int) -> tuple[Tensor, int, str]:
-        place = int(self._epoch(epoch)[position])
-        inputs = self._decode(place)
-        if self.augment:
-            # Keyed by the place in the order, so not by rank, worker or batch.
-            key = [stable_hash(self.seed, epoch), position]
-            rng = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
-            inputs = self.modality.augment(inputs, rng)
-        return inputs, int(self.reader.index.labels[place]), self.reader.index.key(place)
-
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        if self.order[0] != epoch:
-            order = epoch_order(len(self.subset), self.seed, epoch)
-            self.order = (epoch, self.subset[order])
-        return self.order[1]
-
-    def _decode(self, place: int) -> Tensor:
-        if place in self.cache:
-            return self.cache[place]
-        sample = self.reader[place]
-        try:
-            inputs = self.modality.decode(sample.members)
-        except IntegrityError as error:
-            shard = self.reader.manifest.shards[int(self.reader.index.shard[place])].url
-            raise IntegrityError(
-                f"Sample {sample.key} of {self.reader.manifest.directory / shard} cannot be "
-                f"decoded: {error} Build or copy the shard again."
-            ) from None
-        size = inputs.numel() * inputs.element_size()
-        if size <= self.room:
-            self.room -= size
-            self.cache[place] = inputs
-        return inputs
-
-
-def _collate(samples: list[tuple[Tensor, int, str] | CmkdError]) -> Batch | CmkdError:
-    """A batch, or the first error among its samples."""
-    decoded = []
-    for sample in samples:
-        if isinstance(sample, CmkdError):
-            return sample
-        decoded.append(sample)
-    return _batch(decoded)
-
-
-def _batch(samples: list[tuple[Tensor, int, str]]) -> Batch:
-    return Batch(
-        inputs=torch.stack([inputs for inputs, _, _ in samples]),
-        labels=torch.tensor([label for _, label, _ in samples], dtype=torch.int64),
-        keys=tuple(key for _, _, key in samples),
-    )
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leave the end to the parent: signals to the whole group must not cost it its data."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+_MOST_SUBSTITUTES = 1000
 
 
 class TrainLoader:
-    """This rank's endless batches of a labelled subset, resumable on any world size."""
+    """This rank's endless batches of one stream, resumable on any world size."""
 
     def __init__(
         self,
         reader: SampleReader,
         modality: Modality,
-        subset: NDArray[np.int64],
+        order: Order,
         *,
         global_batch_size: int,
         rank: int,
         world_size: int,
-        seed: int,
         augment: bool = True,
         workers: int = 0,
         cache_bytes: int = 0,
+        quarantine: Quarantine | None = None,
     ) -> None:
         """Stand at the beginning of epoch 0.
 
         Args:
             reader: of the split.
             modality: decodes and augments.
-            subset: places to train on.
-            global_batch_size: samples a batch over all ranks, a multiple of ``world_size``.
+            order: of the samples to train on; its seed is that of the augmentation, too.
+            global_batch_size: samples a batch over all ranks, ``world_size`` or more.
             rank: this process.
             world_size: number of processes.
-            seed: of order and augmentation.
             augment: whether to augment.
             workers: decoding processes; 0 decodes here.
             cache_bytes: decoded samples kept in memory by each decoding process.
+            quarantine: counts damaged samples; None allows none.
+
+        Raises:
+            UsageError: a rank would have no part in a batch.
         """
-        self.dataset = _Decoded(
-            reader, modality, subset, seed=seed, augment=augment, cache_bytes=cache_bytes
+        if global_batch_size < world_size:
+            raise UsageError(
+                f"train.global_batch_size={global_batch_size} leaves some of {world_size} "
+                "processes without a sample; it must be at least their number."
+            )
+        self.decoder = Decoder(
+            reader, modality, seed=order.seed, augment=augment, cache_bytes=cache_bytes
         )
+        self.order = order
+        if quarantine is None:
+            quarantine = Quarantine(len(order), max_bad_fraction=0.0)
+        self.quarantine = quarantine
         self.global_batch_size = global_batch_size
         self.rank = rank
         self.world_size = world_size
-        self.seed = seed
         self.workers = workers
         self.delivered = 0
+        self._retries = 0
+        self._unshared: list[Incident] = []
+        self._reported = np.zeros(len(REASONS) + 1, dtype=np.int64)
 
     def batches(self) -> Iterator[Batch]:
-        """Endless batches after the last one delivered."""
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=self._places(),
-            num_workers=self.workers,
-            collate_fn=_collate,
-            # A fork of a process with running threads may deadlock.
-            multiprocessing_context="spawn" if self.workers else None,
-            worker_init_fn=_ignore_signals,
-        )
-        for batch in loader:
-            if isinstance(batch, CmkdError):
-                raise batch
+        """Endless batches after the last one delivered.
+
+        Raises:
+            IntegrityError: more samples are damaged than the quarantine allows.
+        """
+        pending: list[Request] = []  # asked for and not delivered, oldest first
+
+        def requests() -> Iterator[Request]:
+            for request in self._requests():
+                pending.append(request)
+                yield request
+
+        for delivery in answers(self.decoder, requests(), self.workers):
+            if isinstance(delivery, CmkdError):
+                raise delivery
+            batch = self._mend(pending.pop(0), delivery)
             self.delivered += self.global_batch_size
             yield batch
 
     def state(self) -> dict[str, Any]:
-        """Seed, place after the last delivered batch and digest of the data; rank-free."""
-        place = Position.at(self.delivered, len(self.dataset.subset))
-        return {
-            "seed": self.seed,
-            "epoch": place.epoch,
-            "position": place.position,
-            "manifest": self.dataset.reader.manifest.digest,
-        }
+        """Seed, place after the last delivered batch and what was read; rank-free."""
+        place = Position.at(self.delivered, len(self.order))
+        return stream_state(self.order, self.decoder.reader.manifest.digest, place)
 
     def epoch_progress(self) -> float:
         """Position in the current epoch, 0 to 1."""
-        samples = len(self.dataset.subset)
-        return Position.at(self.delivered, samples).position / samples
+        return Position.at(self.delivered, len(self.order)).position / len(self.order)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Stand where ``state`` says.
 
         Raises:
-            IntegrityError: the state belongs to other data or another seed.
+            IntegrityError: it belongs to other data, another order or another seed.
         """
-        if state["manifest"] != self.dataset.reader.manifest.digest:
-            raise IntegrityError(
-                "The checkpoint was trained on other data than "
-                f"{self.dataset.reader.manifest.name} as it is now (the manifests' digests "
-                "differ). Restore the shards, or start in a new run directory."
-            )
-        if state["seed"] != self.seed:
-            raise IntegrityError(
-                f"The checkpoint's order has seed {state['seed']}, this run {self.seed}."
-            )
-        self.delivered = state["epoch"] * len(self.dataset.subset) + state["position"]
+        manifest = self.decoder.reader.manifest
+        place = check_state(state, self.order, manifest.digest, manifest.name)
+        self.delivered = place.epoch * len(self.order) + place.position
 
-    def _places(self) -> Iterator[list[_Place]]:
+    def exchange(self) -> dict[str, float]:
+        """Tell all ranks what each has met since the last call; a collective call.
+
+        Returns:
+            Since the last call on all ranks: ``samples_skipped/REASON`` for each reason that
+            occurred, and ``read_retries``.
+
+        Raises:
+            IntegrityError: all ranks together have met more damaged samples than allowed.
+        """
+        met = [self.quarantine.met.get(reason, 0) for reason in REASONS]
+        totals = np.array([*met, self._retries], dtype=np.int64)
+        news, self._reported = totals - self._reported, totals
+        shared = distributed.all_reduce_sum(torch.tensor([*news, len(self._unshared)]))
+        *skipped, retries, unshared = shared.tolist()
+        if unshared:
+            rows = [(incident.place, REASONS.index(incident.reason)) for incident in self._unshared]
+            self._unshared.clear()
+            mine = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+            self.quarantine.merge(
+                self.decoder.reader.incident(
+                    place, DamagedError(REASONS[reason], "met by another process.")
+                )
+                for place, reason in distributed.gather_rows(mine).tolist()
+            )
+        values = {f"samples_skipped/{r}": n for r, n in zip(REASONS, skipped, strict=True) if n}
+        return {**values, "read_retries": retries}
+
+    def _requests(self) -> Iterator[Request]:
         start = self.delivered
-        samples = len(self.dataset.subset)
-        while True:
-            stop = start + self.global_batch_size
-            counts = rank_positions(start, stop, self.rank, self.world_size)
-            yield [divmod(count, samples) for count in counts]
-            start = stop
+        reader = self.decoder.reader
+        with Prefetch(reader, self.order, self.rank, self.world_size) as prefetch:
+            while True:
+                stop = start + self.global_batch_size
+                prefetch.reached(start, stop)
+                mine = rank_positions(start, stop, self.rank, self.world_size)
+                counts = np.array(mine, dtype=np.int64)
+                yield Request(self.order.places(counts), *np.divmod(counts, len(self.order)))
+                start = stop
+
+    def _mend(self, request: Request, delivery: Delivery) -> Batch:
+        """The whole batch, with another sample in the place of each damaged one."""
+        self._retries += delivery.retries
+        if not delivery.damaged:
+            return delivery.batch
+        missing = {}
+        for row, incident in delivery.damaged:
+            self._set_aside(incident)
+            missing[row] = self._substitute(int(request.epoch[row]), int(request.position[row]))
+        whole = iter(_rows(delivery.batch))
+        rows = [missing.get(row) or next(whole) for row in range(len(request.places))]
+        return Batch(
+            inputs=torch.stack([row.inputs[0] for row in rows]),
+            labels=torch.cat([row.labels for row in rows]),
+            keys=tuple(row.keys[0] for row in rows),
+        )
+
+    def _substitute(self, epoch: int, position: int) -> Batch:
+        """Another sample of the epoch: decided by the place in the order, so the same on any
+        rank and for any number of them."""
+        size = len(self.order)
+        for attempt in range(_MOST_SUBSTITUTES):
+            drawn = stable_hash(self.order.seed, epoch, position, attempt) % size
+            places = self.order.places(np.array([epoch * size + drawn]))
+            request = Request(places, np.array([epoch]), np.array([position]))
+            delivery = self.decoder[request]
+            if isinstance(delivery, CmkdError):
+                raise delivery
+            if not delivery.damaged:
+                return delivery.batch
+            self._set_aside(delivery.damaged[0][1])
+        raise IntegrityError(
+            f"Hardly a sample of {self.decoder.reader.manifest.address} can be read; run "
+            "`cmkd shards verify` on it."
+        )
+
+    def _set_aside(self, incident: Incident) -> None:
+        before = len(self.quarantine)
+        self.quarantine.add(incident)
+        if len(self.quarantine) > before:
+            self._unshared.append(incident)
+
+
+def _rows(batch: Batch) -> Iterator[Batch]:
+    for row, key in enumerate(batch.keys):
+        part = slice(row, row + 1)
+        yield replace(batch, inputs=batch.inputs[part], labels=batch.labels[part], keys=(key,))
 
 
 def ordered_batches(
@@ -223,14 +220,30 @@ def ordered_batches(
     batch_size: int,
     rank: int,
     world_size: int,
+    workers: int = 0,
+    quarantine: Quarantine | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], Batch]]:
     """This rank's share of ``places`` once over, with the places of each batch; no augmentation.
 
     Batch b of the whole (always the same samples) goes to rank b modulo the world size, so
-    what is computed on a batch has the same bits for every world size.
+    what is computed on a batch has the same bits for every world size. Damaged samples are
+    left out.
+
+    Raises:
+        IntegrityError: more samples are damaged than the quarantine allows (None: any).
     """
-    dataset = _Decoded(reader, modality, places, seed=0, augment=False, cache_bytes=0)
-    for start in range(rank * batch_size, len(places), batch_size * world_size):
-        stop = min(start + batch_size, len(places))
-        samples = [dataset.sample(-1, position) for position in range(start, stop)]
-        yield places[start:stop], _batch(samples)
+    if quarantine is None:
+        quarantine = Quarantine(len(places), max_bad_fraction=0.0)
+    parts = [
+        places[start : start + batch_size]
+        for start in range(rank * batch_size, len(places), batch_size * world_size)
+    ]
+    requests = (Request(part, np.zeros_like(part), np.zeros_like(part)) for part in parts)
+    deliveries = answers(Decoder(reader, modality), requests, workers)
+    for part, delivery in zip(parts, deliveries, strict=True):
+        if isinstance(delivery, CmkdError):
+            raise delivery
+        for _, incident in delivery.damaged:
+            quarantine.add(incident)
+        if len(delivery.batch.keys):
+            yield np.delete(part, [row for row, _ in delivery.damaged]), delivery.batch

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from cmkd_scale.data.storage import LocalDirectory, Storage
 from cmkd_scale.errors import IntegrityError, UsageError
 
 MANIFEST = "manifest.json"
@@ -50,7 +51,7 @@ class ShardRecord:
 class Manifest:
     """A split of one modality."""
 
-    directory: Path
+    storage: Storage
     name: str
     dataset: str
     modality: str
@@ -69,6 +70,18 @@ class Manifest:
     def samples(self) -> int:
         """Number of samples N, labelled or not."""
         return sum(shard.nsamples for shard in self.shards)
+
+    @property
+    def address(self) -> str:
+        """Where it lies, for messages."""
+        return self.storage.address
+
+    @property
+    def directory(self) -> Path:
+        """Where it lies on this machine; a remote split has no such place."""
+        if not isinstance(self.storage, LocalDirectory):
+            raise TypeError(f"{self.address} is remote")
+        return self.storage.path
 
 
 class _Shard(BaseModel):
@@ -146,20 +159,32 @@ def load_manifest(directory: Path) -> Manifest:
     if directory.name.endswith(PARTIAL) or not path.is_file():
         raise UsageError(f"There are no shards in {directory}: {describe(directory)}")
     try:
-        text = path.read_bytes()
-        file = _File.model_validate_json(text)
-        digest = manifest_digest(json.loads(text))
+        content = path.read_bytes()
+    except OSError as error:
+        raise _malformed(str(directory), str(error)) from None
+    return parse_manifest(content, LocalDirectory(directory))
+
+
+def parse_manifest(content: bytes, storage: Storage) -> Manifest:
+    """The manifest that ``content`` is, of the shards in ``storage``.
+
+    Raises:
+        IntegrityError: it is malformed, or contradicts itself or its digest.
+    """
+    try:
+        file = _File.model_validate_json(content)
+        digest = manifest_digest(json.loads(content))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise _malformed(path, f"{place}: {first['msg']}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _malformed(path, str(error)) from None
+        raise _malformed(storage.address, f"{place}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise _malformed(storage.address, str(error)) from None
     if digest != file.cmkd.digest:
-        raise _malformed(path, "its content does not have the digest that it states")
+        raise _malformed(storage.address, "its content does not have the digest that it states")
     ours = file.cmkd
     return Manifest(
-        directory=directory,
+        storage=storage,
         name=file.name,
         dataset=ours.dataset,
         modality=ours.modality,
@@ -173,8 +198,8 @@ def load_manifest(directory: Path) -> Manifest:
     )
 
 
-def _malformed(path: Path, reason: str) -> IntegrityError:
-    return IntegrityError(f"The manifest {path} is damaged: {reason}. {REMEDY}")
+def _malformed(address: str, reason: str) -> IntegrityError:
+    return IntegrityError(f"The manifest {address}/{MANIFEST} is damaged: {reason}. {REMEDY}")
 
 
 def describe(directory: Path) -> str:

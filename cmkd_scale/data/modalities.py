@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cmkd_scale.data.audio import read_sound, resample
 from cmkd_scale.data.modality_base import DecodeError, Modality, noise_like
+from cmkd_scale.data.modality_features import FeaturesModality
 from cmkd_scale.data.modality_image import ImageModality
 from cmkd_scale.data.modality_text import TextModality
 from cmkd_scale.errors import UsageError
@@ -28,6 +29,7 @@ __all__ = [
     "MODALITIES",
     "AudioModality",
     "DecodeError",
+    "FeaturesModality",
     "ImageModality",
     "Modality",
     "TextModality",
@@ -153,6 +155,7 @@ MODALITIES: dict[str, type[Modality]] = {
     "image": ImageModality,
     "audio": AudioModality,
     "text": TextModality,
+    "features": FeaturesModality,
 }
 
 _NEPERS_PER_DB = np.log(10) / 10  # of power

@@ -11,11 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.data.damage import DamagedError
+from cmkd_scale.errors import UsageError
 
 
-class DecodeError(IntegrityError):
+class DecodeError(DamagedError):
     """The bytes of a sample are not what their file extension promises."""
+
+    def __init__(self, message: str) -> None:
+        """Say what is wrong with them."""
+        super().__init__("undecodable", message)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class Modality(ABC):
     @abstractmethod
     def augment(self, inputs: Tensor, rng: np.random.Generator) -> Tensor:
         """A random variant of a decoded sample, of the same shape and type, not in place."""
+
+    def wants(self, extension: str) -> bool:
+        """Whether ``decode`` may read the member with this extension."""
+        return extension in self.extensions
 
     def content(self, members: Mapping[str, bytes]) -> bytes:
         """The member to decode, or ``DecodeError``."""

@@ -1,4 +1,4 @@
-"""What is on disk: splits, the sample index of their shards, and whether all is as it was built.
+"""What is on disk: splits, and the sample index of their shards.
 
 A split is a directory of plain WebDataset tars, a sample index beside each of them, and a
 manifest. ``build.py`` writes it; nothing in here writes.
@@ -6,11 +6,15 @@ manifest. ``build.py`` writes it; nothing in here writes.
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+import logging
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from cmkd_scale.data.damage import DamagedError
 from cmkd_scale.data.manifest import (
     MANIFEST,
     PARTIAL,
@@ -20,29 +24,23 @@ from cmkd_scale.data.manifest import (
     describe,
     load_manifest,
 )
-from cmkd_scale.data.sample_index import SampleIndex, concatenate, index_tar, read_index
-from cmkd_scale.errors import CmkdError, IntegrityError, UsageError, did_you_mean
-from cmkd_scale.files import file_digest
+from cmkd_scale.data.sample_index import SampleIndex, index_open_tar, read_index
+from cmkd_scale.data.storage import LocalDirectory
+from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
 
 __all__ = [
     "Manifest",
-    "Problem",
     "SampleIndex",
     "ShardRecord",
     "find_manifests",
-    "load_index",
     "load_manifest",
+    "lost_shards",
+    "map_index",
     "resolve",
-    "verify",
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is wrong with stored data."""
-
-    path: Path
-    reason: str
+_log = logging.getLogger(__name__)
 
 
 def find_manifests(root: Path) -> list[Path]:
@@ -97,40 +95,69 @@ def resolve(root: Path, *, split: str, modality: str | None = None) -> Path:
     return named[split]
 
 
-def load_index(manifest: Manifest) -> SampleIndex:
-    """Where every sample of a split lies, in stored order.
+def map_index(manifest: Manifest, number: int) -> SampleIndex:
+    """Where the samples of one shard lie.
 
-    Sizes of the shards and digests of their indexes are checked, digests of the shards are
-    not (``verify`` does). A shard without an index is walked through, header by header.
+    An index that is missing or damaged is made again in memory from the shard, whose digest
+    must then be right.
 
     Raises:
-        IntegrityError: a file is missing, or is not what the manifest says.
+        DamagedError: that cannot be done, or the index contradicts the manifest.
     """
-    return concatenate([_shard_index(manifest, shard) for shard in manifest.shards])
-
-
-def _shard_index(manifest: Manifest, shard: ShardRecord) -> SampleIndex:
-    tar = manifest.directory / shard.url
-    size = tar.stat().st_size if tar.is_file() else -1
-    if size != shard.filesize:
-        found = "is missing" if size < 0 else f"has {size} bytes instead of {shard.filesize}"
-        raise IntegrityError(f"The shard {tar} {found}. {REMEDY}")
-    if shard.index is None:
-        index = index_tar(tar)
-    else:
-        path = manifest.directory / shard.index
-        if not path.is_file() or file_digest(path) != shard.index_sha256:
-            raise IntegrityError(f"The sample index {path} is missing or damaged. {REMEDY}")
-        index = read_index(path)
-    reason = _contradiction(index, shard, manifest)
+    record, storage = manifest.shards[number], manifest.storage
+    try:
+        if record.index is None or record.index_sha256 is None:
+            raise ValueError("there is none")
+        file = storage.open(record.index, size=None, sha256=record.index_sha256)
+        try:
+            index = read_index(file, sha256=record.index_sha256)
+        finally:
+            os.close(file)
+    except UNREADABLE as error:
+        index = _walk(manifest, record, error)
+    reason = contradiction(index, record, manifest)
     if reason:
-        raise IntegrityError(
-            f"The sample index of {tar} contradicts its manifest: {reason}. {REMEDY}"
+        raise DamagedError(
+            "wrong_index",
+            f"The sample index of {manifest.address}/{record.url} contradicts its manifest: "
+            f"{reason}. {REMEDY}",
         )
     return index
 
 
-def _contradiction(index: SampleIndex, shard: ShardRecord, manifest: Manifest) -> str:
+UNREADABLE = (
+    IntegrityError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What a file of other content than expected may raise."""
+
+
+def _walk(manifest: Manifest, record: ShardRecord, cause: Exception) -> SampleIndex:
+    name = f"{manifest.address}/{record.url}"
+    if record.index is not None:
+        _log.warning("the sample index of %s cannot be used (%s); reading the shard", name, cause)
+    # Closed by the file object that is made of it.
+    file = manifest.storage.open(record.url, size=record.filesize, sha256=record.sha256)
+    with os.fdopen(file, "rb") as tar:
+        if hashlib.file_digest(tar, "sha256").hexdigest() != record.sha256:
+            raise DamagedError(
+                "wrong_shard",
+                f"{name} is not what its manifest says (its SHA-256 differs). {REMEDY}",
+            )
+        tar.seek(0)
+        try:
+            return index_open_tar(tar, name)
+        except IntegrityError as error:
+            raise DamagedError("wrong_shard", str(error)) from None
+
+
+def contradiction(index: SampleIndex, shard: ShardRecord, manifest: Manifest) -> str:
     """What index and manifest disagree on, or nothing."""
     if len(index) != shard.nsamples:
         return f"{len(index)} samples instead of {shard.nsamples}"
@@ -138,58 +165,20 @@ def _contradiction(index: SampleIndex, shard: ShardRecord, manifest: Manifest) -
         return "a sample ends behind the end of the file"
     if int(index.labels.max(initial=-1)) >= len(manifest.label_names):
         return "a label without a name"
-    counts = Counter(manifest.label_names[label] for label in index.labels if label >= 0)
-    if counts != +Counter(shard.class_counts):
+    counts = np.bincount(index.labels[index.labels >= 0])
+    stated = {name: count for name, count in shard.class_counts.items() if count}
+    if {manifest.label_names[label]: counts[label] for label in np.flatnonzero(counts)} != stated:
         return "other class counts"
     return ""
 
 
-def verify(root: Path) -> list[Problem]:
-    """Everything that is wrong with the finished splits at or below ``root``.
-
-    Reads every byte: digests of shards and indexes, samples and classes against the index,
-    the index against the headers of the shard, files that no manifest lists, and unfinished
-    builds beside finished splits.
-
-    Raises:
-        UsageError: there is no finished split.
-    """
-    directories = find_manifests(root)
-    if not directories:
-        raise UsageError(f"There are no shards in {root}: {describe(root)}")
-    problems = [
-        Problem(path, "an unfinished build; run the same `cmkd shards build` again")
-        for pattern in (f"*{PARTIAL}", f"*/*{PARTIAL}")
-        for path in sorted(root.glob(pattern))
-    ]
-    for directory in directories:
-        problems += _problems_of_split(directory)
-    return problems
-
-
-def _problems_of_split(directory: Path) -> Iterator[Problem]:
-    try:
-        manifest = load_manifest(directory)
-    except IntegrityError as error:
-        yield Problem(directory / MANIFEST, str(error))
-        return
-    listed = {MANIFEST}
-    keys: set[str] = set()
-    for shard in manifest.shards:
-        listed |= {shard.url, shard.index or shard.url}
-        tar = directory / shard.url
+def lost_shards(manifest: Manifest) -> Iterator[tuple[int, DamagedError]]:
+    """Number of each local shard that is missing or has another size, and what is wrong."""
+    if not isinstance(manifest.storage, LocalDirectory):
+        return  # nobody asks a server for thousands of files before the first step
+    for number, record in enumerate(manifest.shards):
         try:
-            index = _shard_index(manifest, shard)
-            if file_digest(tar) != shard.sha256:
-                yield Problem(tar, "its SHA-256 is not that of the manifest")
-            elif index != index_tar(tar):
-                yield Problem(tar, "its sample index does not describe it")
-            repeated = keys.intersection(index.keys())
-            if repeated:
-                yield Problem(tar, f"holds {min(repeated)}, which an earlier shard holds too")
-            keys.update(index.keys())
-        except (CmkdError, OSError) as error:
-            yield Problem(tar, str(error))
-    for path in sorted(directory.iterdir()):
-        if path.name not in listed:
-            yield Problem(path, "the manifest does not list it")
+            size, sha256 = record.filesize, record.sha256
+            os.close(manifest.storage.open(record.url, size=size, sha256=sha256))
+        except DamagedError as error:
+            yield number, error

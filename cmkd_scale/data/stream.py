@@ -3,118 +3,215 @@
 from __future__ import annotations
 
 import os
+import resource
+import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cmkd_scale.data.order import mix64, stable_hash
-from cmkd_scale.data.shards import Manifest, SampleIndex, load_index
-from cmkd_scale.errors import IntegrityError, UsageError
-from cmkd_scale.records import Sample
+from cmkd_scale.data.damage import DamagedError, Incident
+from cmkd_scale.data.manifest import Manifest
+from cmkd_scale.data.sample_index import SampleIndex
+from cmkd_scale.data.shards import map_index
+from cmkd_scale.errors import IntegrityError
+from cmkd_scale.records import UNLABELLED, Sample
 
-_OPEN_FILES = 64
+_MOST_OPEN = 512  # the order keeps about 200 to 500 shards in use, see order.py
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """An open shard."""
+
+    index: SampleIndex
+    file: int
+    """Descriptor of the tar."""
+    wanted: tuple[tuple[int, str], ...]
+    """Columns of the index to read, and their extensions."""
 
 
 class SampleReader:
     """Random access to the samples of a split with positioned reads.
 
-    Keeps at most 64 files open. Safe to hand to a forked or spawned worker: files are opened
-    by the process that reads.
+    Shards are opened when they are needed; a bounded number of them stays open. A positioned
+    read takes a microsecond longer than one from a mapped file, but where a shard has become
+    shorter it fails cleanly, while a mapped file would kill the process. Every payload is
+    checked against its checksum.
     """
 
-    def __init__(self, manifest: Manifest, index: SampleIndex | None = None) -> None:
-        """Open a split; its index is read if not given."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        wants: Callable[[str], bool] | None = None,
+        label_index: Sequence[int] | None = None,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            manifest: of the split.
+            wants: which extensions to read; None reads all members.
+            label_index: [C] label to give out for each that is stored; None gives those.
+        """
         self.manifest = manifest
-        self.index = load_index(manifest) if index is None else index
-        self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self.wants = wants
+        self.label_index = label_index
+        given = range(len(manifest.label_names)) if label_index is None else label_index
+        # The last entry is what the stored label -1 finds.
+        self._labels = np.array([*given, UNLABELLED], dtype=np.int32)
+        counts = [shard.nsamples for shard in manifest.shards]
+        self.starts: NDArray[np.int64] = np.cumsum([0, *counts], dtype=np.int64)
+        """[S + 1] place of the first sample of each shard, and the number of samples."""
+        self._shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._indexes: OrderedDict[int, SampleIndex] = OrderedDict()
+        # What failed once, maybe after many attempts, is not tried again for each sample.
+        self._broken: dict[int, DamagedError] = {}
+        self._most_open = min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
     def __len__(self) -> int:
         """Number of samples N."""
-        return len(self.index)
+        return int(self.starts[-1])
 
     def __getitem__(self, place: int) -> Sample:
         """The sample at ``place``, its members as stored.
 
         Raises:
-            IntegrityError: the shard is shorter than its index says, or cannot be read.
+            DamagedError: it cannot be read, or is not what was stored.
         """
-        shard = int(self.index.shard[place])
-        members = {}
-        for column, extension in enumerate(self.index.extensions):
-            size = int(self.index.size[place, column])
-            if size >= 0:
-                offset = int(self.index.offset[place, column])
-                members[extension] = self._read(shard, offset, size)
-        return Sample(
-            key=self.index.key(place), label=int(self.index.labels[place]), members=members
-        )
+        return self._read(*self._locate(place))
 
     def __getstate__(self) -> dict[str, object]:
-        """Everything but the open files."""
-        return {"manifest": self.manifest, "index": self.index, "_files": OrderedDict()}
+        """All but what is open."""
+        return {
+            "manifest": self.manifest,
+            "wants": self.wants,
+            "label_index": self.label_index,
+        }
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Start again with nothing open."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    def read(self, places: NDArray[np.int64]) -> Iterator[Sample | DamagedError]:
+        """The samples at ``places`` [n] in that order, or why there are none."""
+        shards = np.searchsorted(self.starts, places, side="right") - 1
+        rows = places - self.starts[shards]
+        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
+            try:
+                yield self._read(shard, row)
+            except DamagedError as error:
+                yield error
+
+    def labels(self) -> NDArray[np.int32]:
+        """[N] labels of all samples; reads the index of every shard.
+
+        Raises:
+            DamagedError: an index cannot be read.
+        """
+        if sum(self.manifest.class_counts) == 0:
+            return np.full(len(self), UNLABELLED, dtype=np.int32)
+        parts = [map_index(self.manifest, n).labels for n in range(len(self.manifest.shards))]
+        stored = np.concatenate([np.zeros(0, np.int32), *parts])
+        labels: NDArray[np.int32] = self._labels[stored]
+        return labels
+
+    def key(self, place: int) -> str:
+        """The key of a sample; its shard itself is not opened."""
+        shard, row = self._locate(place)
+        return self._index(shard).key(row)
+
+    def incident(self, place: int, error: DamagedError) -> Incident:
+        """Put a name to a damaged sample."""
+        shard, _ = self._locate(place)
+        try:
+            key = self.key(place)
+        except DamagedError:
+            key = f"number {place}"
+        name = self.manifest.shards[shard].url
+        # A message about the shard as a whole names it already.
+        where = "" if name in str(error) else f" of {self.manifest.address}/{name}"
+        return Incident(
+            place=place,
+            reason=error.reason,
+            shard=name,
+            key=key,
+            message=f"Sample {key}{where}: {error}",
+        )
 
     def close(self) -> None:
         """Close the open shards."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        while self._shards:
+            os.close(self._shards.popitem()[1].file)
+        self._indexes.clear()
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        path = self.manifest.directory / self.manifest.shards[shard].url
+    def __del__(self) -> None:
+        """Descriptors are numbers, which nothing else closes."""
+        self.close()
+
+    def _locate(self, place: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.starts, place, side="right")) - 1
+        return shard, int(place - self.starts[shard])
+
+    def _read(self, number: int, row: int) -> Sample:
+        shard = self._shards.get(number)
+        if shard is None:
+            shard = self._open(number)
+        else:
+            self._shards.move_to_end(number)
+        index, members = shard.index, {}
+        for column, extension in shard.wanted:
+            size = index.size.item(row, column)
+            if size >= 0:
+                payload = _read_at(shard.file, index.offset.item(row, column), size)
+                if zlib.crc32(payload) != index.crc32.item(row, column):
+                    raise DamagedError(
+                        "checksum", f"its {extension} has changed since the shard was built."
+                    )
+                members[extension] = payload
+        label = self._labels.item(index.labels.item(row))
+        return Sample(key=index.key(row), label=label, members=members)
+
+    def _index(self, number: int) -> SampleIndex:
+        if number in self._shards:
+            return self._shards[number].index
+        if number not in self._indexes:
+            self._indexes[number] = map_index(self.manifest, number)
+            if len(self._indexes) > self._most_open:
+                self._indexes.popitem(last=False)
+        return self._indexes[number]
+
+    def _open(self, number: int) -> _Shard:
+        if number in self._broken:
+            raise self._broken[number]
+        record = self.manifest.shards[number]
         try:
-            payload = os.pread(self._open(shard), size, offset)
-        except OSError as error:
-            raise IntegrityError(
-                f"Shard {path} cannot be read: {error}. Run `cmkd shards verify "
-                f"{self.manifest.directory}`."
-            ) from None
-        if len(payload) != size:
-            raise IntegrityError(
-                f"Shard {path} ends before its sample index says. Run `cmkd shards verify "
-                f"{self.manifest.directory}` and build or copy it again."
+            index = self._index(number)
+            file = self.manifest.storage.open(
+                record.url, size=record.filesize, sha256=record.sha256
             )
-        return payload
-
-    def _open(self, shard: int) -> int:
-        # File offsets are not shared by pread, but a forked child must not share the cache.
-        key = (os.getpid(), shard)
-        if key not in self._files:
-            path = self.manifest.directory / self.manifest.shards[shard].url
-            self._files[key] = os.open(path, os.O_RDONLY)
-            while len(self._files) > _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        self._files.move_to_end(key)
-        return self._files[key]
-
-
-def labelled_subset(
-    index: SampleIndex, *, classes: int, n_per_class: int | None, seed: int
-) -> NDArray[np.int64]:
-    """Places of the samples to train on, ascending: all labelled, or ``n_per_class`` a class.
-
-    The choice is by a hash of each sample's place, keyed by ``seed``; with a growing
-    ``n_per_class`` the subsets are nested.
-
-    Raises:
-        UsageError: a class has fewer than ``n_per_class`` samples, or nothing is labelled.
-    """
-    labelled = np.flatnonzero(index.labels >= 0)
-    if len(labelled) == 0:
-        raise UsageError("No sample of this split has a label, and training needs labels.")
-    if n_per_class is None:
-        return labelled
-    counts = np.bincount(index.labels[labelled], minlength=classes)
-    short = np.flatnonzero(counts < n_per_class)
-    if len(short):
-        remedy = f"Choose at most {counts.min()} or build more." if counts.min() else "Build more."
-        raise UsageError(
-            f"data.n_per_class={n_per_class}, but {len(short)} of {classes} classes have fewer "
-            f"labelled samples (class index {short[0]} has {counts[short[0]]}). {remedy}"
+        except IntegrityError as error:
+            damaged = error if isinstance(error, DamagedError) else None
+            self._broken[number] = damaged or DamagedError("missing_shard", str(error))
+            raise self._broken[number] from None
+        wanted = tuple(
+            (column, extension)
+            for column, extension in enumerate(index.extensions)
+            if self.wants is None or self.wants(extension)
         )
-    rank = mix64(labelled.astype(np.uint64) ^ np.uint64(stable_hash(seed)))
-    order = np.lexsort((rank, index.labels[labelled]))
-    by_class = labelled[order]
-    starts = np.cumsum(counts) - counts
-    place_in_class = np.arange(len(by_class)) - starts[index.labels[by_class]]
-    chosen: NDArray[np.int64] = np.sort(by_class[place_in_class < n_per_class])
-    return chosen
+        self._indexes.pop(number, None)
+        shard = self._shards[number] = _Shard(index, file, wanted)
+        if len(self._shards) > self._most_open:
+            os.close(self._shards.popitem(last=False)[1].file)
+        return shard
+
+
+def _read_at(file: int, offset: int, size: int) -> bytes:
+    try:
+        payload = os.pread(file, size, offset)
+    except OSError as error:
+        raise DamagedError("short_read", f"it cannot be read ({error.strerror}).") from None
+    if len(payload) != size:
+        raise DamagedError("short_read", "the shard ends before its index says.")
+    return payload

@@ -51,10 +51,21 @@ class ResNetEncoder(nn.Module):
         self.out_dim = widths[-1] * pool_grid[0] * pool_grid[1]
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Map [B, channels, height, width] to ([B, W], stages)."""
-        output = self.backbone(inputs, output_hidden_states=True)
+        """Map [B, channels, height, width] to ([B, W], stages).
+
+        Several pictures of a sample, [B, frames, channels, height, width], are encoded each and
+        averaged.
+        """
+        several = inputs.dim() == 5
+        pictures = inputs.flatten(0, 1) if several else inputs
+        output = self.backbone(pictures, output_hidden_states=True)
         pooled = self.pool(output.last_hidden_state).flatten(1)
-        return pooled, tuple(output.hidden_states[1:])
+        stages = tuple(output.hidden_states[1:])
+        if several:
+            frames = inputs.shape[1]
+            pooled = pooled.unflatten(0, (-1, frames)).mean(1)
+            stages = tuple(stage.unflatten(0, (-1, frames)).mean(1) for stage in stages)
+        return pooled, stages
 
 
 class ByteTransformer(nn.Module):
@@ -95,6 +106,40 @@ class ByteTransformer(nn.Module):
         return total / weights.sum(1).clamp(min=1.0), tuple(output.hidden_states[1:])
 
 
+class FeatureEncoder(nn.Module):
+    """Residual layers over features that another network has extracted."""
+
+    def __init__(self, *, size: int, width: int, depth: int) -> None:
+        """Build for inputs [B, frames, dim].
+
+        Args:
+            size: frames * dim.
+            width: hidden width.
+            depth: residual blocks.
+        """
+        super().__init__()
+        self.entry = nn.Sequential(nn.Flatten(), nn.LayerNorm(size), nn.Linear(size, width))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, 4 * width),
+                nn.GELU(),
+                nn.Linear(4 * width, width),
+            )
+            for _ in range(depth)
+        )
+        self.out_dim = width
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Map [B, frames, dim] to ([B, W], stages)."""
+        hidden = self.entry(inputs)
+        stages = []
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+            stages.append(hidden)
+        return hidden, tuple(stages)
+
+
 def batch_norm_to_group_norm(module: nn.Module, channels_per_group: int = 8) -> None:
     """Replace every ``BatchNorm2d`` inside ``module`` by a fresh GroupNorm (Wu and He 2018)."""
     for name, child in module.named_children():
@@ -106,21 +151,26 @@ def batch_norm_to_group_norm(module: nn.Module, channels_per_group: int = 8) -> 
 
 
 def _resnet(shape: tuple[int, ...], width: int, depth: int) -> nn.Module:
-    return ResNetEncoder(channels=shape[0], width=width, depth=depth)
+    return ResNetEncoder(channels=shape[-3], width=width, depth=depth)
 
 
 def _byte_transformer(shape: tuple[int, ...], width: int, depth: int) -> nn.Module:
     return ByteTransformer(max_bytes=shape[0], width=width, depth=depth)
 
 
+def _feature_encoder(shape: tuple[int, ...], width: int, depth: int) -> nn.Module:
+    return FeatureEncoder(size=shape[0] * shape[1], width=width, depth=depth)
+
+
 ENCODERS: dict[str, Callable[[tuple[int, ...], int, int], nn.Module]] = {
     "resnet": _resnet,
     "byte_transformer": _byte_transformer,
+    "features": _feature_encoder,
 }
 """Name -> builder of (input shape, width, depth)."""
 
-INPUT_RANK = {"resnet": 3, "byte_transformer": 1}
-"""Dimensions of one input sample that an encoder expects."""
+INPUT_RANKS = {"resnet": (3, 4), "byte_transformer": (1,), "features": (2,)}
+"""Dimensions that one input sample of an encoder may have."""
 
 
 def build_encoder(name: str | None, shape: tuple[int, ...], width: int, depth: int) -> nn.Module:
@@ -136,14 +186,14 @@ def build_encoder(name: str | None, shape: tuple[int, ...], width: int, depth: i
         UsageError: unknown name, a name that does not fit the shape, or a bad width.
     """
     if name is None:
-        name = next(known for known, rank in INPUT_RANK.items() if rank == len(shape))
+        name = _usual(shape)
     if name not in ENCODERS:
         raise UsageError(f"model.encoder '{name}' is unknown; {did_you_mean(name, ENCODERS)}")
-    if INPUT_RANK[name] != len(shape):
-        fitting = next(known for known, rank in INPUT_RANK.items() if rank == len(shape))
+    if len(shape) not in INPUT_RANKS[name]:
+        ranks = " or ".join(map(str, INPUT_RANKS[name]))
         raise UsageError(
-            f"model.encoder '{name}' takes samples with {INPUT_RANK[name]} dimensions, but this "
-            f"modality's have shape {list(shape)}; use model.encoder={fitting}."
+            f"model.encoder '{name}' takes samples with {ranks} dimensions, but this "
+            f"modality's have shape {list(shape)}; use model.encoder={_usual(shape)}."
         )
     if width % 8:
         raise UsageError(f"model.width {width} must be a multiple of 8.")
@@ -155,3 +205,7 @@ def as_model_dtype(inputs: Tensor, module: nn.Module) -> Tensor:
     if not inputs.is_floating_point():
         return inputs
     return inputs.to(next(module.parameters(), torch.empty(0)).dtype)
+
+
+def _usual(shape: tuple[int, ...]) -> str:
+    return next(name for name, ranks in INPUT_RANKS.items() if len(shape) in ranks)

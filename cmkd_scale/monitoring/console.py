@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 _PLAIN_LINES = 20
+_LONG_SECONDS = 10.0
 
 
 class ConsoleSink:
@@ -71,8 +73,8 @@ class ConsoleSink:
 def counting(title: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
     """Progress of work that is counted: a callback taking (done, total).
 
-    A bar on a terminal; elsewhere one line when the work is done. To standard error unless
-    ``console`` is given.
+    A bar on a terminal; elsewhere one line when the work is done, and if it takes long, one
+    for each tenth. To standard error unless ``console`` is given.
     """
     console = console or Console(stderr=True)
     if console.is_terminal:
@@ -80,13 +82,26 @@ def counting(title: str, console: Console | None = None) -> Iterator[Callable[[i
             task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
-    totals = [0]
+    totals, tenths, begun = [0], [0], time.monotonic()
 
     def count(done: int, total: int) -> None:
         totals[0] = total
+        tenth, seconds = 10 * done // max(1, total), time.monotonic() - begun
+        if tenths[0] < tenth < 10 and seconds > _LONG_SECONDS:
+            tenths[0] = tenth
+            eta = duration(seconds * (total - done) / done)
+            line = f"{title}: {done:,} of {total:,}, ETA {eta}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     yield count
     console.print(f"{title}: {totals[0]:,}", markup=False, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as in ``1:02:03``."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def _summary(values: Mapping[str, float]) -> str:
@@ -99,9 +114,7 @@ def _summary(values: Mapping[str, float]) -> str:
     if "samples_per_second" in values:
         parts.append(f"{values['samples_per_second']:,.0f} samples/s")
     if math.isfinite(eta := values.get("eta_seconds", math.nan)):
-        minutes, seconds = divmod(round(max(eta, 0.0)), 60)
-        hours, minutes = divmod(minutes, 60)
-        parts.append(f"ETA {hours}:{minutes:02}:{seconds:02}")
+        parts.append(f"ETA {duration(eta)}")
     if "test/accuracy" in values:
         parts.append(f"test accuracy {values['test/accuracy']:.1%}")
     return "  ".join(parts)

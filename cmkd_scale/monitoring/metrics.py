@@ -15,6 +15,8 @@ nobody downstream has to know about restarts.
 ``step_seconds``             mean duration of a step since the previous logged step
 ``data_wait_seconds``        spent waiting for data since the previous logged step
 ``epoch_progress``           0..1, position in the current epoch
+``samples_skipped/<reason>`` damaged samples left out since the previous logged step, all ranks
+``read_retries``             transfers tried again since the previous logged step, all ranks
 ``eta_seconds``              expected until the last step
 ``alignment_marginal_error`` mean over classes of the L1 distance between the mass that
                              prototypes received and the mass they should receive
@@ -117,6 +119,21 @@ METRICS: tuple[Metric, ...] = (
         "Seconds that training spent waiting for data.",
         "increment",
         keys=("data_wait_seconds",),
+    ),
+    Metric(
+        "cmkd_data_read_retries_total",
+        "counter",
+        "Transfers of remote shards that had to be tried again.",
+        "increment",
+        keys=("read_retries",),
+    ),
+    Metric(
+        "cmkd_data_samples_skipped_total",
+        "counter",
+        "Damaged samples that were left out, by reason.",
+        "increment",
+        keys=("samples_skipped/*",),
+        labels=("reason",),
     ),
     Metric(
         "cmkd_data_epoch_progress_ratio",

@@ -104,7 +104,10 @@ class PrometheusSink:
         for metric in METRICS:
             # A counter exists from 0 on; a gauge appears with its first value, since a
             # checkpoint at Unix time 0 or an ETA of 0 would be a lie.
-            if metric.kind != "gauge" or metric.feed == "constant":
+            # Of a series for each key below a prefix, nobody knows which there will be.
+            if (metric.kind != "gauge" or metric.feed == "constant") and not any(
+                key.endswith("*") for key in metric.keys
+            ):
                 self._feed(metric, "", 1.0 if metric.feed == "constant" else 0.0, steps=0)
         self._server = _listen(address, port, self._registry)
         self.port = None if self._server is None else int(self._server.server_address[1])
@@ -165,7 +168,7 @@ class PrometheusSink:
             self._families[metric.name] = family
         if not metric.labels:
             return family
-        values = {**self._labels, "component": component}
+        values = {**self._labels, "component": component, "reason": component}
         return family.labels(*(values[label] for label in metric.labels))
 
 

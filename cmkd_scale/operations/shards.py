@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmkd_scale.data.adopt import adopt
 from cmkd_scale.data.build import build
 from cmkd_scale.data.datasets import DATASETS
-from cmkd_scale.data.order import Position, epoch_order, rank_positions
-from cmkd_scale.data.shards import Manifest, find_manifests, load_index, load_manifest, resolve
-from cmkd_scale.data.shards import verify as verify_shards
-from cmkd_scale.data.stream import labelled_subset
+from cmkd_scale.data.labels import LabelReport, compare_labels
+from cmkd_scale.data.locate import open_manifest
+from cmkd_scale.data.manifest import Manifest, load_manifest
+from cmkd_scale.data.modalities import MODALITIES
+from cmkd_scale.data.shards import find_manifests
+from cmkd_scale.data.verify import verify as verify_shards
 from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
-from cmkd_scale.files import to_json, write_atomically
 from cmkd_scale.monitoring.console import counting
 
 
@@ -26,6 +28,7 @@ def build_shards(
     modality: str | None,
     split: str | None,
     samples_per_shard: int,
+    workers: int | None,
     options: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Write shards of a data set below ``out/{modality}/{split}``; returns a row for each split.
@@ -37,6 +40,7 @@ def build_shards(
         modality: one modality, or None for all.
         split: one split, or None for all.
         samples_per_shard: samples in a tar.
+        workers: processes that write shards; None uses all cores.
         options: ``key=value`` of the data set.
 
     Raises:
@@ -59,10 +63,62 @@ def build_shards(
                     modality=chosen_modality,
                     split=chosen_split,
                     samples_per_shard=samples_per_shard,
+                    workers=_cores() if workers is None else workers,
                     progress=advance,
                 )
             rows.append(_row(manifest))
     return rows
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def index_shards(
+    directory: Path,
+    *,
+    name: str | None,
+    modality: str,
+    split: str,
+    labels: Path | None,
+    workers: int | None,
+) -> dict[str, Any]:
+    """Index the tars of a directory and write its manifest; returns a row as ``info`` does.
+
+    Raises:
+        UsageError: no tars, an unknown modality, or a file of label names that cannot be read.
+        IntegrityError: a tar is damaged.
+    """
+    if modality not in MODALITIES:
+        raise UsageError(
+            f"--modality '{modality}' is unknown; {did_you_mean(modality, MODALITIES)}"
+        )
+    try:
+        names = labels and labels.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--labels {labels} cannot be read: {error}.") from None
+    with counting(f"shards of {directory}") as advance:
+        manifest = adopt(
+            directory,
+            name=name or directory.resolve().name,
+            modality=modality,
+            split=split,
+            label_names=[line.strip() for line in names if line.strip()] if names else None,
+            workers=_cores() if workers is None else workers,
+            progress=advance,
+        )
+    return _row(manifest)
+
+
+def label_report(learns: str, teaches: str, *, split: str) -> LabelReport:
+    """Compare the labels of two streams, by their manifests."""
+    here, there = (open_manifest(address, split=split) for address in (learns, teaches))
+    return compare_labels(
+        here.name,
+        dict(zip(here.label_names, here.class_counts, strict=True)),
+        there.name,
+        dict(zip(there.label_names, there.class_counts, strict=True)),
+    )
 
 
 def verify(root: Path) -> int:
@@ -94,91 +150,11 @@ def info(root: Path) -> list[dict[str, Any]]:
     ]
 
 
-def stream_keys(
-    root: Path,
-    *,
-    split: str,
-    modality: str | None,
-    rank: int,
-    world_size: int,
-    seed: int,
-    stop_after: int | None,
-    state: Path | None,
-    save_state: Path | None,
-) -> Iterator[str]:
-    """Keys in the order in which this rank would read them, to the end of the epoch.
-
-    Rank r of W reads positions r, r + W, ... from where the state stands; with the world
-    size of another run, too. The state saved is free of ranks: any rank that stops at the
-    same count saves the same file.
-
-    Raises:
-        UsageError: impossible rank, or a state that cannot be read.
-        IntegrityError: a state of other data or of another seed.
-    """
-    if not 0 <= rank < world_size:
-        raise UsageError(f"--rank {rank} is not one of 0 .. {world_size - 1} (--world-size).")
-    if stop_after is not None and stop_after < 0:
-        raise UsageError(f"--stop-after is {stop_after}; it must be 0 or more.")
-    manifest = load_manifest(resolve(root, split=split, modality=modality))
-    index = load_index(manifest)
-    # Training reads labelled samples only.
-    places = labelled_subset(index, classes=len(manifest.label_names), n_per_class=None, seed=0)
-    start = Position(0, 0) if state is None else _read_state(state, manifest, seed)
-    if not (0 <= start.position < len(places) and start.epoch >= 0):
-        raise IntegrityError(f"{state} stands outside the epoch of {manifest.name}.")
-    order = places[epoch_order(len(places), seed, start.epoch)]
-    for count, position in enumerate(rank_positions(start.position, len(places), rank, world_size)):
-        if count == stop_after:
-            break
-        yield index.key(int(order[position]))
-    if save_state is not None:
-        reached = len(places)
-        if stop_after is not None:
-            reached = min(reached, start.position + stop_after * world_size)
-        _write_state(save_state, manifest, seed, start.epoch, reached, len(places))
-
-
-def _read_state(path: Path, manifest: Manifest, seed: int) -> Position:
-    try:
-        value = json.loads(path.read_text())
-        position = Position(int(value["epoch"]), int(value["position"]))
-        stated_seed, digest = int(value["seed"]), value["manifest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path} is not a stream state ({error}); make one with --save-state."
-        ) from None
-    if digest != manifest.digest or stated_seed != seed:
-        other = "other data" if digest != manifest.digest else f"seed {stated_seed}"
-        raise IntegrityError(
-            f"{path} belongs to {other}, not to {manifest.name} with seed {seed}; continue with "
-            "what it was saved from."
-        )
-    return position
-
-
-def _write_state(
-    path: Path, manifest: Manifest, seed: int, epoch: int, reached: int, samples: int
-) -> None:
-    place = Position.at(epoch * samples + reached, samples)
-    value = {
-        "seed": seed,
-        "epoch": place.epoch,
-        "position": place.position,
-        "manifest": manifest.digest,
-    }
-    try:
-        # Ranks of an audit may save to the same file at once.
-        write_atomically(path, to_json(value))
-    except OSError as error:
-        raise UsageError(f"--save-state {path} cannot be written: {error}.") from None
-
-
 def _row(manifest: Manifest) -> dict[str, Any]:
     filled = [count for count in manifest.class_counts if count > 0]
     return {
         "name": manifest.name,
-        "directory": str(manifest.directory),
+        "directory": manifest.address,
         "samples": manifest.samples,
         "shards": len(manifest.shards),
         "bytes": sum(shard.filesize for shard in manifest.shards),

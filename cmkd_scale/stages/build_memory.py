@@ -23,7 +23,6 @@ from cmkd_scale.memory.build import TeacherSamples, build_memory
 from cmkd_scale.memory.statistics import Moments
 from cmkd_scale.monitoring.console import counting
 from cmkd_scale.stages.common import (
-    SplitData,
     Trained,
     load_trained,
     open_split_for,
@@ -32,6 +31,7 @@ from cmkd_scale.stages.common import (
 )
 from cmkd_scale.stages.evaluate import infer
 from cmkd_scale.stages.runs import open_run, write_results
+from cmkd_scale.stages.streams import SplitData
 
 
 def memory(config: Config) -> dict[str, Any]:
@@ -51,7 +51,15 @@ def memory(config: Config) -> dict[str, Any]:
     _check_finished(trained, run)
     if config.data.shards is None:
         shards = trained.config.model_dump(mode="json")["data"]
-        keys = ("shards", "modality", "source", "options", "train_split", "validation_split")
+        keys = (
+            "shards",
+            "modality",
+            "source",
+            "options",
+            "label_map",
+            "train_split",
+            "validation_split",
+        )
         config = with_changes(config, {f"data.{key}": shards[key] for key in keys})
     engine = start_engine(config)
     data = open_split_for(trained, config, config.data.train_split)
@@ -180,7 +188,7 @@ def _pass_over(
 def _sample_of_each_class(data: SplitData, limit: int) -> NDArray[np.int64]:
     """At most ``limit`` places a class, chosen by a hash of the place: free of ranks."""
     places = data.labelled()
-    labels = data.reader.index.labels[places]
+    labels = data.labels[places]
     order = np.lexsort((mix64(places.astype(np.uint64)), labels))
     counts = np.bincount(labels, minlength=len(data.label_names))
     starts = np.cumsum(counts) - counts

@@ -9,19 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from cmkd_scale import distributed
 from cmkd_scale.config import Config, with_changes
-from cmkd_scale.data.builtin import locate_shards
-from cmkd_scale.data.loader import TrainLoader
-from cmkd_scale.data.modalities import MODALITIES, Modality
-from cmkd_scale.data.shards import load_manifest, resolve
-from cmkd_scale.data.stream import SampleReader, labelled_subset
-from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
+from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.models.model import Model, build_model
 from cmkd_scale.stages.runs import read_config
+from cmkd_scale.stages.streams import SplitData, open_split
 from cmkd_scale.training.checkpoint import load_newest
 from cmkd_scale.training.engine import Engine
 
@@ -66,21 +58,6 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class SplitData:
-    """A split that is ready to be read."""
-
-    reader: SampleReader
-    modality: Modality
-    label_names: tuple[str, ...]
-
-    def labelled(self) -> NDArray[np.int64]:
-        """Places of all labelled samples."""
-        return labelled_subset(
-            self.reader.index, classes=len(self.label_names), n_per_class=None, seed=0
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Trained:
     """A model out of a finished run."""
 
@@ -95,42 +72,6 @@ def start_engine(config: Config) -> Engine:
     return Engine(mixed_precision=config.train.mixed_precision, world_size=config.run.world_size)
 
 
-def open_split(config: Config, split: str) -> SplitData:
-    """Open a split of the run's shards; a collective call, since it may build them.
-
-    Raises:
-        UsageError: no such shards or split, or an option the modality does not have.
-    """
-    config.require("data.shards")
-    root = locate_shards(
-        str(config.data.shards), source=config.data.source, options=config.data.options
-    )
-    manifest = load_manifest(resolve(root, split=split, modality=config.data.modality))
-    modality = make_modality(manifest.modality, config.data.transform)
-    return SplitData(SampleReader(manifest), modality, manifest.label_names)
-
-
-def make_modality(name: str, transform: Mapping[str, float | int]) -> Modality:
-    """A modality with some of its options set.
-
-    Raises:
-        UsageError: unknown modality or option.
-    """
-    if name not in MODALITIES:
-        raise UsageError(f"Modality '{name}' is unknown; {did_you_mean(name, MODALITIES)}")
-    kind = MODALITIES[name]
-    usual = {field.name: field.default for field in fields(kind)}
-    for option, value in transform.items():
-        if option not in usual:
-            raise UsageError(
-                f"data.transform.{option} is not an option of modality '{name}'; "
-                f"{did_you_mean(option, usual)}"
-            )
-        if isinstance(usual[option], int) and not isinstance(value, int):
-            raise UsageError(f"data.transform.{option} is {value}; it must be a whole number.")
-    return kind(**transform)
-
-
 def open_split_for(trained: Trained, config: Config, split: str) -> SplitData:
     """Open a split as a trained model reads it; a collective call.
 
@@ -141,37 +82,15 @@ def open_split_for(trained: Trained, config: Config, split: str) -> SplitData:
     manifest = data.reader.manifest
     if manifest.modality != trained.spec.modality:
         raise UsageError(
-            f"The model was trained on {trained.spec.modality}, and {manifest.directory} holds "
+            f"The model was trained on {trained.spec.modality}, and {manifest.address} holds "
             f"{manifest.modality}; give it shards of its own modality with data.shards=DIR."
         )
     if data.label_names != trained.spec.label_names:
         raise UsageError(
-            f"The model was trained on other label names than those of {manifest.directory}; "
+            f"The model was trained on other label names than those of {manifest.address}; "
             "give it shards with its own labels with data.shards=DIR."
         )
     return data
-
-
-def make_train_loader(config: Config, data: SplitData) -> TrainLoader:
-    """This rank's endless training batches."""
-    subset = labelled_subset(
-        data.reader.index,
-        classes=len(data.label_names),
-        n_per_class=config.data.n_per_class,
-        seed=config.run.seed,
-    )
-    return TrainLoader(
-        data.reader,
-        data.modality,
-        subset,
-        global_batch_size=config.train.global_batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        seed=config.run.seed,
-        augment=config.data.augment,
-        workers=config.data.workers,
-        cache_bytes=config.data.cache_bytes,
-    )
 
 
 def make_spec(config: Config, data: SplitData, feature_dim: int) -> ModelSpec:

@@ -20,12 +20,12 @@ from cmkd_scale.data.loader import ordered_batches
 from cmkd_scale.memory.sync import gather_sorted
 from cmkd_scale.models.model import Model
 from cmkd_scale.stages.common import (
-    SplitData,
     load_trained,
     open_split_for,
     start_engine,
 )
 from cmkd_scale.stages.runs import write_file, write_results
+from cmkd_scale.stages.streams import SplitData
 
 _BATCH_SIZE = 128
 
@@ -83,6 +83,8 @@ def infer(
         batch_size=batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        workers=data.workers,
+        quarantine=data.quarantine(),
     )
     total, done = len(labelled), 0
     for where, batch in batches:

@@ -16,14 +16,18 @@ from cmkd_scale.memory.bank import FILE_NAME, PrototypeMemory, align_to_student,
 from cmkd_scale.monitoring.sinks import ConsoleSink, JsonlSink, PrometheusSink, Sinks
 from cmkd_scale.stages.common import (
     ModelSpec,
-    SplitData,
     make_spec,
-    make_train_loader,
-    open_split,
     start_engine,
 )
 from cmkd_scale.stages.evaluate import evaluate_model
 from cmkd_scale.stages.runs import open_run, write_results
+from cmkd_scale.stages.streams import (
+    SplitData,
+    compare_streams,
+    make_train_loader,
+    open_quarantine,
+    open_split,
+)
 from cmkd_scale.training.checkpoint import load_newest
 from cmkd_scale.training.distillation import Distillation
 from cmkd_scale.training.engine import Engine
@@ -63,6 +67,7 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
     directory = open_run(config, recipe.stage)
     spec = make_spec(config, data, recipe.feature_dim)
     trainer = _make_trainer(config, recipe, engine, data, spec, directory)
+    compare_streams(config, data, recipe.memory, directory)
     found = load_newest(directory / "checkpoints")
     if found is not None:
         trainer.resume(found[0])
@@ -125,7 +130,7 @@ def _make_trainer(
     )
     return Trainer(
         engine,
-        make_train_loader(config, data),
+        make_train_loader(config, data, open_quarantine(directory, data, config)),
         config.train,
         checkpoints=directory / "checkpoints",
         seed=config.run.seed,
@@ -160,6 +165,6 @@ def _make_sinks(
 def _check_labels(data: SplitData, test: SplitData) -> None:
     if data.label_names != test.label_names:
         raise UsageError(
-            f"{data.reader.manifest.directory} and {test.reader.manifest.directory} have "
+            f"{data.reader.manifest.address} and {test.reader.manifest.address} have "
             "different label names; build both splits from one data set."
         )

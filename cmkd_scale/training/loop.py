@@ -41,6 +41,10 @@ class Loader(Protocol):
         """Position in the current epoch, 0 to 1."""
         ...
 
+    def exchange(self) -> dict[str, float]:
+        """What went wrong with data on any rank since the last call; a collective call."""
+        ...
+
 
 class Sink(Protocol):
     """Takes the values of a logged step; called on rank 0 only."""
@@ -215,6 +219,7 @@ class Trainer:
         values.update({name: float(value) for name, value in measures.items()})
         values["samples_seen"] = float(self.step * self.config.global_batch_size)
         values["epoch_progress"] = self.loader.epoch_progress()
+        values.update(self.loader.exchange())
         values.update(clock.lap(self.config.global_batch_size))
         values["eta_seconds"] = values["step_seconds"] * (self.config.steps - self.step)
         # What happened between two logged steps is reported with the later one.

@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import threading
+import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -155,11 +156,22 @@ def files(content: Mapping[str, bytes]) -> Callable[[Request], Reply]:
     return reply
 
 
-def forwarded(host: str, port: int) -> Callable[[Request], Reply]:
+def put(s3: str, content: Mapping[str, bytes]) -> None:
+    """Store files in an S3 server that asks nobody who they are; the bucket is made."""
+    kind = {"Content-Type": "application/octet-stream"}
+    bucket = next(iter(content)).split("/")[1]
+    for path, body in {f"/{bucket}": b"", **content}.items():
+        request = urllib.request.Request(s3 + path, body, kind, method="PUT")
+        with urllib.request.urlopen(request, timeout=60):
+            pass
+
+
+def forwarded(address: str) -> Callable[[Request], Reply]:
     """Replies of another server."""
+    host = address.removeprefix("http://")
 
     def reply(request: Request) -> Reply:
-        with contextlib.closing(http.client.HTTPConnection(host, port)) as upstream:
+        with contextlib.closing(http.client.HTTPConnection(host)) as upstream:
             upstream.request("GET", request.path, headers=dict(request.headers))
             response = upstream.getresponse()
             body = response.read()

@@ -291,3 +291,25 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, place: str) -> N
     root = tmp_path / place
     with pytest.raises(UsageError, match="CMKD_CACHE"), opened(ShardCache(root, LARGE), b"x"):
         pass
+
+
+def test_those_who_wait_for_a_file_need_not_wait_for_its_readers(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 1 << 20)
+    for number in range(20):
+        content = b"x" * (number + 1)
+        arrived = threading.Barrier(4)
+
+        def fetch(partial: Partial, content: bytes = content) -> None:
+            partial.write(content[partial.size :])
+
+        def read(content: bytes = content, arrived: threading.Barrier = arrived) -> int:
+            arrived.wait()
+            digest = hashlib.sha256(content).hexdigest()
+            return cache.open(digest, size=None, address="x", fetch=fetch)
+
+        with ThreadPoolExecutor(4) as pool:
+            # Each keeps its descriptor open while the others still wait for theirs.
+            descriptors = list(pool.map(lambda _: read(), range(4)))
+        for descriptor in descriptors:
+            os.close(descriptor)
+    assert not list((tmp_path / "cache").glob("*.lock"))

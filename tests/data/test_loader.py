@@ -1,21 +1,30 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from cmkd_scale.data.damage import Incident, Quarantine
 from cmkd_scale.data.loader import TrainLoader, ordered_batches
+from cmkd_scale.data.manifest import Manifest
 from cmkd_scale.data.modalities import TextModality
-from cmkd_scale.data.order import epoch_order
-from cmkd_scale.data.stream import SampleReader, labelled_subset
+from cmkd_scale.data.order import Order, permutation
+from cmkd_scale.data.sampling import Natural
+from cmkd_scale.data.stream import SampleReader
 from cmkd_scale.errors import IntegrityError, UsageError
 from tests.data.examples import build_toy
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +52,19 @@ def make(
     augment: bool = False,
     workers: int = 0,
     cache_bytes: int = 0,
+    quarantine: Quarantine | None = None,
 ) -> TrainLoader:
     return TrainLoader(
         reader,
         NoisyText(),
-        np.arange(len(reader)),
+        Order(Natural(len(reader)), reader.starts, seed),
         global_batch_size=batch,
         rank=rank,
         world_size=world_size,
-        seed=seed,
         augment=augment,
         workers=workers,
         cache_bytes=cache_bytes,
+        quarantine=quarantine,
     )
 
 
@@ -64,38 +74,8 @@ def keys(loader: TrainLoader, count: int) -> list[tuple[str, ...]]:
 
 def test_batches_follow_the_order_across_epochs(reader: SampleReader) -> None:
     batches = keys(make(reader, batch=16), 8)  # 128 samples of epochs 0, 1 and 2
-    expected = [
-        reader.index.key(int(place))
-        for epoch in range(3)
-        for place in epoch_order(60, seed=0, epoch=epoch)
-    ]
+    expected = [reader.key(int(place)) for epoch in range(3) for place in permutation(60, 0, epoch)]
     assert list(itertools.chain(*batches)) == expected[:128]
-
-
-@given(
-    schedule=st.lists(
-        st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 6)), min_size=1, max_size=5
-    )
-)
-def test_any_schedule_of_world_sizes_reads_the_same_samples(
-    reader: SampleReader, schedule: list[tuple[int, int]]
-) -> None:
-    state = make(reader).state()
-    read = []
-    for world_size, steps in schedule:
-        ranks = [make(reader, rank=rank, world_size=world_size) for rank in range(world_size)]
-        for rank in ranks:
-            rank.load_state(state)
-        shares = [keys(rank, steps) for rank in ranks]
-        for step in range(steps):
-            # Rank r holds positions r, r + W, ...: interleaving restores the global batch.
-            parts = [share[step] for share in shares]
-            read += [key for row in zip(*parts, strict=True) for key in row]
-        states = [rank.state() for rank in ranks]
-        assert all(one == states[0] for one in states)
-        state = states[0]
-    total = sum(steps for _, steps in schedule)
-    assert read == list(itertools.chain(*keys(make(reader), total)))
 
 
 @pytest.mark.slow
@@ -113,7 +93,7 @@ def test_the_state_is_that_of_the_last_delivered_batch(reader: SampleReader) -> 
 
 @pytest.mark.slow
 def test_augmentation_depends_on_seed_and_position_alone(reader: SampleReader) -> None:
-    def marks(**options: int) -> dict[tuple[int, str], int]:
+    def marks(**options: Any) -> dict[tuple[int, str], int]:
         world_size = options.get("world_size", 1)
         found = {}
         for rank in range(world_size):
@@ -145,7 +125,7 @@ def test_the_cache_holds_no_more_than_it_may(reader: SampleReader) -> None:
     size = 64 * 8  # bytes of one decoded text
     loader = make(reader, cache_bytes=10 * size)
     keys(loader, 10)
-    assert len(loader.dataset.cache) == 10
+    assert len(loader.decoder._cache) == 10
 
 
 def test_evaluation_gives_each_sample_once_in_batches_that_do_not_depend_on_ranks(
@@ -160,39 +140,167 @@ def test_evaluation_gives_each_sample_once_in_batches_that_do_not_depend_on_rank
         return [batch.keys for _, batch in batches]
 
     alone = share(0, 1)
-    assert list(itertools.chain(*alone)) == [reader.index.key(int(place)) for place in places]
+    assert list(itertools.chain(*alone)) == [reader.key(int(place)) for place in places]
     for world_size in (2, 3, 9):
         shares = [share(rank, world_size) for rank in range(world_size)]
         assert sorted(itertools.chain(*shares)) == sorted(alone)
 
 
-def test_an_undecodable_sample_is_named(tmp_path: Path) -> None:
+def damage(manifest: Manifest, *numbers: int) -> None:
+    """Change the texts of some samples in the shards, but not their lengths."""
+    for number in numbers:
+        for record in manifest.shards:
+            shard = manifest.directory / record.url
+            content = shard.read_bytes()
+            shard.write_bytes(content.replace(b"train %d:" % number, b"TRAIN %d:" % number))
+
+
+def lenient(reader: SampleReader, fraction: float = 0.2) -> tuple[Quarantine, list[Incident]]:
+    met: list[Incident] = []
+    quarantine = Quarantine(len(reader), max_bad_fraction=fraction, record=met.append)
+    return quarantine, met
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_damaged_sample_ends_a_run_that_allows_none(tmp_path: Path, workers: int) -> None:
     manifest = build_toy(tmp_path)
-    shard = manifest.directory / manifest.shards[0].url
-    content = shard.read_bytes()
-    shard.write_bytes(content.replace(b"train 5:", b"\xff\xfe\xfd\xfc\xfb\xfa\xf9:"))
-    with pytest.raises(IntegrityError, match=r"toy-train-000005.*cannot be decoded"):
-        keys(make(SampleReader(manifest)), 5)
+    damage(manifest, 5)
+    with pytest.raises(IntegrityError, match=r"toy-train-000005.*shard-000000.*has changed"):
+        keys(make(SampleReader(manifest), workers=workers), 5)
+
+
+def test_damaged_samples_are_replaced_alike_on_any_world(tmp_path: Path) -> None:
+    manifest = build_toy(tmp_path)
+    whole = list(itertools.chain(*keys(make(SampleReader(manifest)), 10)))
+    damage(manifest, 5, 17, 44)
+    bad = {f"toy-train-{number:06d}" for number in (5, 17, 44)}
+
+    def stream(world_size: int) -> list[str]:
+        shares = []
+        for rank in range(world_size):
+            reader = SampleReader(manifest)
+            quarantine, met = lenient(reader)
+            shares.append(
+                keys(make(reader, rank=rank, world_size=world_size, quarantine=quarantine), 10)
+            )
+            assert {incident.key for incident in met} <= bad
+            assert all(incident.reason == "checksum" for incident in met)
+        return [
+            key
+            for step in zip(*shares, strict=True)
+            for row in zip(*step, strict=True)
+            for key in row
+        ]
+
+    alone = stream(1)
+    assert stream(3) == alone
+    assert not bad.intersection(alone)
+    # Only the damaged ones were replaced.
+    assert [a for a, b in zip(alone, whole, strict=True) if b not in bad] == [
+        key for key in whole if key not in bad
+    ]
+
+
+def test_what_was_left_out_is_counted_once_by_sample_and_always_by_meeting(
+    tmp_path: Path,
+) -> None:
+    manifest = build_toy(tmp_path)
+    damage(manifest, 5)
+    reader = SampleReader(manifest)
+    quarantine, met = lenient(reader)
+    loader = make(reader, quarantine=quarantine)
+    keys(loader, 10)  # two epochs
+    assert [incident.key for incident in met] == ["toy-train-000005"]
+    assert quarantine.met["checksum"] >= 2
+    values = loader.exchange()
+    assert values == {"samples_skipped/checksum": quarantine.met["checksum"], "read_retries": 0}
+    assert loader.exchange() == {"read_retries": 0}
+
+
+def test_evaluation_leaves_damaged_samples_out(tmp_path: Path) -> None:
+    manifest = build_toy(tmp_path)
+    damage(manifest, 5, 30)
+    for world_size in (1, 3):
+        found: list[str] = []
+        for rank in range(world_size):
+            reader = SampleReader(manifest)
+            quarantine, _ = lenient(reader)
+            for places, batch in ordered_batches(
+                reader,
+                TextModality(),
+                np.arange(60),
+                batch_size=7,
+                rank=rank,
+                world_size=world_size,
+                quarantine=quarantine,
+            ):
+                assert [reader.key(int(place)) for place in places] == list(batch.keys)
+                found += batch.keys
+        assert sorted(found) == [f"toy-train-{n:06d}" for n in range(60) if n not in (5, 30)]
 
 
 def test_a_shard_cut_short_is_named(tmp_path: Path) -> None:
     manifest = build_toy(tmp_path)
     reader = SampleReader(manifest)
+    list(reader.read(np.arange(60)))  # all shards are open: the change comes later
     shard = manifest.directory / manifest.shards[1].url
-    shard.write_bytes(shard.read_bytes()[:2048])
-    with pytest.raises(IntegrityError, match="shard-000001"):
+    os.truncate(shard, 2048)
+    with pytest.raises(IntegrityError, match=r"shard-000001.*ends before"):
         keys(make(reader), 5)
 
 
-def test_subsets_are_balanced_nested_and_chosen_by_the_seed(reader: SampleReader) -> None:
-    def subset(count: int | None, seed: int = 0) -> set[int]:
-        chosen = labelled_subset(reader.index, classes=4, n_per_class=count, seed=seed)
-        assert list(chosen) == sorted(chosen)
-        return set(chosen.tolist())
+def test_a_lost_shard_is_as_bad_as_its_samples(tmp_path: Path) -> None:
+    manifest = build_toy(tmp_path)
+    (manifest.directory / manifest.shards[3].url).unlink()
+    reader = SampleReader(manifest)
+    quarantine, met = lenient(reader)
+    kept = set(itertools.chain(*keys(make(reader, quarantine=quarantine), 5)))
+    assert kept == {f"toy-train-{n:06d}" for n in range(48)}
+    assert len(quarantine) == len(met) == 12
+    assert {incident.reason for incident in met} == {"missing_shard"}
 
-    three, five = subset(3), subset(5)
-    assert np.bincount(reader.index.labels[sorted(three)]).tolist() == [3, 3, 3, 3]
-    assert three < five < subset(None) == set(range(60))
-    assert subset(3, seed=1) != three
-    with pytest.raises(UsageError, match=r"at most 15"):
-        subset(16)
+
+def test_a_rank_without_a_part_is_refused(reader: SampleReader) -> None:
+    with pytest.raises(UsageError, match="leaves some of 3"):
+        make(reader, batch=2, world_size=3)
+
+
+PARENT = """
+import itertools, os, sys, time
+from pathlib import Path
+from cmkd_scale.data.manifest import load_manifest
+from cmkd_scale.data.stream import SampleReader
+from tests.data.test_loader import make
+
+if __name__ == "__main__":
+    batches = make(SampleReader(load_manifest(Path(sys.argv[1]))), workers=2).batches()
+    next(batches)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_workers_outlive_signals_and_die_with_their_parent(tmp_path: Path) -> None:
+    manifest = build_toy(tmp_path)
+    program = tmp_path / "parent.py"
+    program.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        [sys.executable, program, manifest.directory],
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"ready\n"
+        started = psutil.Process(parent.pid).children(recursive=True)
+        workers = [child for child in started if "forkserver" in " ".join(child.cmdline())]
+        assert len(workers) >= 3  # the server and two of them
+        for worker in workers:
+            worker.send_signal(signal.SIGTERM)
+            worker.send_signal(signal.SIGUSR1)
+        assert all(worker.is_running() for worker in workers)
+        parent.kill()
+        _, alive = psutil.wait_procs(workers, timeout=60)
+        assert not alive, "they outlived their parent"

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import struct
 import wave
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
+from cmkd_scale.data import modality_image
 from cmkd_scale.data.audio import wav_bytes
+from cmkd_scale.data.damage import DamagedError
 from cmkd_scale.data.modalities import (
     MODALITIES,
     AudioModality,
@@ -45,12 +49,19 @@ def chirp(
     return (0.5 * np.sin(phase)).astype(np.float32)
 
 
+def npy(array: NDArray[np.generic]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
 def example(name: str) -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     return {
         "image": {"png": png(rng.integers(0, 256, (28, 56), dtype=np.uint8))},
         "audio": {"wav": wav_bytes(chirp(), 8000)},
         "text": {"txt": "quarante-deux à peu près".encode()},
+        "features": {"npy": npy(rng.standard_normal(512, dtype=np.float32))},
     }[name]
 
 
@@ -93,6 +104,8 @@ def test_nothing_to_decode(name: str, members: dict[str, bytes]) -> None:
     with pytest.raises(DecodeError) as caught:
         MODALITIES[name]().decode(members)
     assert caught.value.exit_code == EXIT_INTEGRITY
+    assert isinstance(caught.value, DamagedError)
+    assert caught.value.reason == "undecodable"
 
 
 @pytest.mark.parametrize("name", MODALITIES)
@@ -209,6 +222,165 @@ def test_rotation_keeps_lengths_on_both_axes() -> None:
     for seed in range(5):
         turned = modality.augment(line[None], np.random.default_rng(seed))[0]
         assert length(turned) == pytest.approx(length(line), rel=0.03)
+
+
+def jpeg(picture: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", **options)
+    return buffer.getvalue()
+
+
+def photo(mode: str = "RGB", width: int = 83, height: int = 61) -> Image.Image:
+    """Smooth colours with edges, as photographs have."""
+    rows, columns = np.mgrid[:height, :width]
+    planes = [rows * 4 % 256, columns * 3 % 256, (rows * columns) % 256]
+    return Image.fromarray(np.stack(planes, axis=2).astype(np.uint8)).convert(mode)
+
+
+@pytest.fixture(params=["simplejpeg", "Pillow"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of reading a JPEG."""
+    if request.param == "Pillow":
+        monkeypatch.setattr(modality_image, "_simplejpeg", None)
+    else:
+        pytest.importorskip("simplejpeg")
+    return str(request.param)
+
+
+JPEGS = {
+    "colour": jpeg(photo()),
+    "no subsampling": jpeg(photo(), subsampling=0, quality=95),
+    "low quality": jpeg(photo(), quality=10),
+    "progressive": jpeg(photo(), progressive=True),
+    "grey": jpeg(photo("L")),
+    "odd size": jpeg(photo(width=1, height=7)),
+    "without conversion": jpeg(photo(), keep_rgb=True),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_of_a_jpeg_are_those_of_pillow(kind: str, channels: int, reader: str) -> None:
+    with Image.open(io.BytesIO(JPEGS[kind])) as picture:
+        expected = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    height, width = expected.shape[:2]
+    decoded = ImageModality(height, width, channels=channels).decode({"jpg": JPEGS[kind]})
+    pixels = ((decoded.numpy() + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
+    assert np.array_equal(pixels.squeeze(), expected.squeeze())
+
+
+def test_jpegs_are_read_by_simplejpeg_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("simplejpeg")
+    monkeypatch.setattr(modality_image, "_read_any", None)
+    for content in JPEGS.values():
+        ImageModality().decode({"jpg": content})
+
+
+def test_a_jpeg_for_printing_is_read(reader: str) -> None:
+    content = jpeg(photo("CMYK"), quality=95)
+    with Image.open(io.BytesIO(content)) as picture:
+        assert picture.mode == "CMYK"
+        expected = np.asarray(picture.convert("RGB"))
+    decoded = ImageModality(61, 83, channels=3).decode({"jpg": content})
+    pixels = ((decoded.numpy() + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
+    assert np.array_equal(pixels, expected)
+
+
+def test_jpeg_bombs_are_refused_before_they_are_decoded(
+    reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reader == "simplejpeg":
+        monkeypatch.setattr(modality_image, "_read_any", None)  # not needed
+    content = bytearray(JPEGS["colour"])
+    size = content.index(b"\xff\xc0") + 5  # height and width of the baseline frame
+    for height, width in ((7_000, 8_000), (10_000, 10_000), (65_000, 65_000)):
+        content[size : size + 4] = struct.pack(">HH", height, width)
+        with pytest.raises(DecodeError, match="not a readable picture"):
+            ImageModality().decode({"jpg": bytes(content)})
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_jpegs_raise_only_decode_errors(reader: str, data: st.DataObject) -> None:
+    content = bytearray(JPEGS[data.draw(st.sampled_from(sorted(JPEGS)))])
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))]
+    with contextlib.suppress(DecodeError):
+        assert ImageModality().decode({"jpg": bytes(content)}).shape == (1, 28, 56)
+
+
+def row_of(count: int) -> dict[str, bytes]:
+    """Frames of one colour each: that of frame n is n."""
+    names = [f"{number:03d}.png" for number in range(count)]
+    contents = [png(np.full((4, 4), number, dtype=np.uint8)) for number in range(count)]
+    return {**dict(zip(names, contents, strict=True)), "cls": b"1", "json": b"{}"}
+
+
+def frames_of(members: dict[str, bytes], frames: int) -> list[int]:
+    """Which frames are read."""
+    modality = ImageModality(4, 4, frames=frames)
+    decoded = modality.decode(members)
+    assert tuple(decoded.shape) == modality.shape
+    assert modality.shape == ((1, 4, 4) if frames == 1 else (frames, 1, 4, 4))
+    return [round(float(one.mean() + 1) * 127.5) for one in decoded.reshape(frames, 1, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("held", "frames", "expected"),
+    [
+        (8, 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (8, 4, [1, 3, 5, 7]),
+        (9, 3, [1, 4, 7]),
+        (10, 4, [1, 3, 6, 8]),
+        (16, 1, [8]),
+        (1, 3, [0, 0, 0]),
+        (2, 5, [0, 0, 1, 1, 1]),
+    ],
+)
+def test_frames_are_evenly_spaced_and_few_are_repeated(
+    held: int, frames: int, expected: list[int]
+) -> None:
+    members = row_of(held)
+    assert frames_of(members, frames) == expected
+    assert frames_of(dict(reversed(members.items())), frames) == expected
+
+
+@given(held=st.integers(1, 30), frames=st.integers(1, 12))
+def test_each_frame_is_the_middle_of_an_equal_part(held: int, frames: int) -> None:
+    expected = [(2 * part + 1) * held // (2 * frames) for part in range(frames)]
+    assert frames_of(row_of(held), frames) == expected
+
+
+def test_a_single_picture_is_no_row_of_frames() -> None:
+    assert ImageModality(frames=1).decode(example("image")).shape == (1, 28, 56)
+    with pytest.raises(DecodeError, match=r"no frames, and data\.transform\.frames=2"):
+        ImageModality(frames=2).decode(example("image"))
+
+
+def test_a_damaged_frame_is_damage_where_it_is_read() -> None:
+    members = {**row_of(4), "003.png": b"\x89PNG"}
+    with pytest.raises(DecodeError):
+        frames_of(members, 4)
+    assert frames_of(members, 1) == [2]
+
+
+@pytest.mark.parametrize(
+    ("extension", "wanted"),
+    [("jpg", True), ("007.jpg", True), ("12.webp", True), ("wav", False), ("0.npy", False)],
+)
+def test_pictures_are_wanted_with_or_without_a_number(extension: str, wanted: bool) -> None:
+    assert ImageModality().wants(extension) is wanted
+
+
+def test_all_frames_of_a_sample_are_moved_alike() -> None:
+    modality = ImageModality(channels=3, frames=2)
+    members = {"000.png": example("image")["png"], "001.png": example("image")["png"]}
+    first, second = modality.augment(modality.decode(members), np.random.default_rng(3))
+    assert torch.equal(first, second)
+    alone = ImageModality(channels=3)
+    expected = alone.augment(alone.decode(example("image")), np.random.default_rng(3))
+    torch.testing.assert_close(first, expected)
 
 
 # ------------------------------------------------------------------------------ audio

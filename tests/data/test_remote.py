@@ -12,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,7 @@ from cmkd_scale.data import transport
 from cmkd_scale.data.cache import ShardCache
 from cmkd_scale.data.remote import SCHEMES, RemoteDirectory, is_remote
 from cmkd_scale.errors import IntegrityError, UsageError
-from tests.data.servers import Fault, FaultyServer, Request, files, forwarded, serving
+from tests.data.servers import Fault, FaultyServer, Request, files, put, serving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONTENT = random.Random(0).randbytes(200_000)
@@ -38,11 +37,7 @@ PATIENT: dict[str, Any] = {**FAST, "timeout_seconds": 60}
 pytest.importorskip("aiohttp")
 
 
-@pytest.fixture(autouse=True)
-def fresh_connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    yield
-    transport.disconnect()
+pytestmark = pytest.mark.usefixtures("fresh_connections")
 
 
 @pytest.fixture
@@ -57,34 +52,11 @@ def web() -> Iterator[FaultyServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def moto() -> Iterator[tuple[str, int]]:
-    """Host and port of an S3 server that holds two directories."""
-    module = pytest.importorskip("moto.server")
-    server = module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    root = f"http://{host}:{port}/bucket"
+@pytest.fixture(autouse=True, scope="module")
+def bucket(moto: str) -> None:
+    """Two directories."""
     keys = ("data/train/shard.tar", "data/test/shard.tar", "data/notes.txt")
-    kind = {"Content-Type": "application/octet-stream"}
-    for url, body in [(root, b""), *((f"{root}/{key}", CONTENT) for key in keys)]:
-        put = urllib.request.Request(url, body, kind, method="PUT")
-        with urllib.request.urlopen(put, timeout=60):
-            pass
-    yield host, port
-    server.stop()
-
-
-@pytest.fixture
-def s3(moto: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    """The S3 server, behind one that spoils its answers."""
-    pytest.importorskip("s3fs")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with serving(forwarded(*moto)) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        yield server
+    put(moto, {f"/bucket/{key}": CONTENT for key in keys})
 
 
 def content_of(directory: RemoteDirectory, *, size: int | None = len(CONTENT)) -> bytes:
@@ -451,7 +423,7 @@ def test_what_a_killed_process_fetched_is_continued(web: FaultyServer, cache: Sh
         process.wait()
     reached = web.ranges()[1]
     assert reached != web.ranges()[0]
-    assert os.listdir(cache.root) == [f"{DIGEST}.part"]
+    assert set(os.listdir(cache.root)) == {f"{DIGEST}.part", f"{DIGEST}.lock"}
     web.script()
     assert content_of(RemoteDirectory(f"{web.url}/split", cache, **FAST)) == CONTENT
     assert web.ranges() == [reached]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import logging
 import os
 import shutil
 import signal
@@ -23,17 +25,21 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from cmkd_scale.data.build import build
+from cmkd_scale.data.damage import DamagedError
 from cmkd_scale.data.datasets import DATASETS
 from cmkd_scale.data.manifest import manifest_digest
-from cmkd_scale.data.sample_index import index_bytes, index_tar, read_index
+from cmkd_scale.data.sample_index import SampleIndex, index_bytes, index_tar, read_index
 from cmkd_scale.data.shards import (
+    UNREADABLE,
     Manifest,
     find_manifests,
-    load_index,
     load_manifest,
+    lost_shards,
+    map_index,
     resolve,
-    verify,
 )
+from cmkd_scale.data.stream import SampleReader
+from cmkd_scale.data.verify import verify
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.files import file_digest
 from cmkd_scale.records import UNLABELLED, Sample
@@ -88,6 +94,10 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
+def indexes_of(manifest: Manifest) -> list[SampleIndex]:
+    return [map_index(manifest, number) for number in range(len(manifest.shards))]
+
+
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
     return make(tmp_path / "out")
@@ -106,22 +116,34 @@ def test_manifest_says_what_the_data_set_holds(manifest: Manifest) -> None:
 
 
 def test_index_leads_to_every_member(manifest: Manifest) -> None:
-    toy, index = Toy(), load_index(manifest)
-    assert index.extensions == ("cls", "json", "txt")
-    assert len(index) == len(toy)
-    for i in range(len(toy)):
-        sample = toy[i]
-        assert index.key(i) == sample.key
-        assert index.labels[i] == sample.label
-        content = (manifest.directory / manifest.shards[index.shard[i]].url).read_bytes()
-        found = {
-            extension: content[offset : offset + size]
-            for extension, offset, size in zip(
-                index.extensions, index.offset[i], index.size[i], strict=True
-            )
-            if size >= 0
-        }
-        assert found == sample.members
+    toy, place = Toy(), 0
+    for number, shard in enumerate(manifest.shards):
+        index = map_index(manifest, number)
+        assert index.extensions == ("cls", "json", "txt")
+        content = (manifest.directory / shard.url).read_bytes()
+        for row in range(len(index)):
+            sample = toy[place]
+            assert index.key(row) == sample.key
+            assert index.labels[row] == sample.label
+            found = {
+                extension: content[offset : offset + size]
+                for extension, offset, size in zip(
+                    index.extensions, index.offset[row], index.size[row], strict=True
+                )
+                if size >= 0
+            }
+            assert found == sample.members
+            place += 1
+    assert place == len(toy)
+
+
+def test_samples_are_read_by_their_place(manifest: Manifest) -> None:
+    toy = Toy()
+    with contextlib.closing(SampleReader(manifest)) as reader:
+        assert reader.labels().tolist() == [toy[i].label for i in range(len(toy))]
+        for place in np.random.default_rng(0).permutation(len(toy)).tolist():
+            assert reader.key(place) == toy[place].key
+            assert reader[place] == toy[place]
 
 
 def test_shards_are_plain_tars_without_a_trace_of_the_machine(manifest: Manifest) -> None:
@@ -300,7 +322,7 @@ def test_build_refuses_what_was_built_otherwise(manifest: Manifest) -> None:
     with pytest.raises(UsageError, match="samples_per_shard=7 there, 8 now"):
         make(out, samples_per_shard=8)
     (manifest.directory / manifest.shards[1].url).unlink()
-    with pytest.raises(IntegrityError, match="is missing"):
+    with pytest.raises(IntegrityError, match=r"shard-000001\.tar cannot be opened \(No such file"):
         make(out)
 
 
@@ -365,7 +387,7 @@ def damage_remove(directory: Path) -> Path:
 def damage_index(directory: Path) -> Path:
     path = directory / "shard-000003.index.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
-    return directory / "shard-000003.tar"
+    return path
 
 
 def damage_stray(directory: Path) -> Path:
@@ -444,7 +466,7 @@ def test_unfinished_split_beside_a_finished_one_is_a_problem(manifest: Manifest)
 
 
 def test_shard_of_others_is_read_by_its_headers(manifest: Manifest) -> None:
-    index = load_index(manifest)
+    before = indexes_of(manifest)
 
     def forget(content: dict[str, Any]) -> None:
         for shard in content["shardlist"]:
@@ -452,13 +474,109 @@ def test_shard_of_others_is_read_by_its_headers(manifest: Manifest) -> None:
             shard["index"] = shard["index_sha256"] = None
 
     restate(manifest.directory, forget)
-    assert load_index(load_manifest(manifest.directory)) == index
+    assert indexes_of(load_manifest(manifest.directory)) == before
     assert verify(manifest.directory) == []
+
+
+def replace(path: Path, content: bytes) -> None:
+    """By another file: what is mapped into memory must not become shorter."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    replace(path, content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def truncate(path: Path) -> None:
+    replace(path, path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    replace(path, b"")
+
+
+def exchange(path: Path) -> None:
+    """The index of the next shard."""
+    replace(path, path.with_name("shard-000001.index.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("damage", [remove, flip, truncate, empty, exchange])
+def test_a_damaged_index_is_made_again_in_memory(
+    manifest: Manifest, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    before, labels = indexes_of(manifest), SampleReader(manifest).labels()
+    path = manifest.directory / str(manifest.shards[0].index)
+    damage(path)
+    left = contents(manifest.directory)
+    with caplog.at_level(logging.WARNING):
+        assert indexes_of(manifest) == before
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "shard-000000.tar cannot be used" in caplog.text
+    with contextlib.closing(SampleReader(manifest)) as reader:
+        assert reader.labels().tolist() == labels.tolist()
+        assert reader[3] == Toy()[3]
+    assert contents(manifest.directory) == left  # nothing is written
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason", "message"),
+    [
+        (flip, "wrong_shard", "SHA-256 differs"),
+        (truncate, "wrong_shard", "bytes instead of"),
+        (remove, "missing_shard", "cannot be opened"),
+    ],
+)
+def test_an_index_is_not_made_of_a_damaged_shard(
+    manifest: Manifest, damage: Callable[[Path], None], reason: str, message: str
+) -> None:
+    shard = manifest.shards[2]
+    remove(manifest.directory / str(shard.index))
+    damage(manifest.directory / shard.url)
+    with pytest.raises(DamagedError, match=rf"shard-000002\.tar .*{message}") as caught:
+        map_index(manifest, 2)
+    assert caught.value.reason == reason
+    map_index(manifest, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (claim_sample, "7 samples instead of 8"),
+        (claim_label, "other class counts"),
+        (claim_other_tar, "other class counts"),
+    ],
+)
+def test_an_index_that_contradicts_the_manifest_is_refused(
+    manifest: Manifest, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    restate(manifest.directory, change)
+    with pytest.raises(DamagedError, match=rf"shard-000000\.tar contradicts.*{message}") as caught:
+        map_index(load_manifest(manifest.directory), 0)
+    assert caught.value.reason == "wrong_index"
+
+
+def test_lost_shards_are_found_without_reading_them(manifest: Manifest) -> None:
+    assert list(lost_shards(manifest)) == []
+    for number, damage in ((0, remove), (1, flip), (3, truncate)):
+        damage(manifest.directory / manifest.shards[number].url)
+    lost = dict(lost_shards(manifest))
+    assert {number: error.reason for number, error in lost.items()} == {
+        0: "missing_shard",
+        3: "wrong_shard",
+    }
+    for number, error in lost.items():
+        assert manifest.shards[number].url in str(error)
 
 
 def test_members_of_one_sample_may_be_missing_and_their_order_free(tmp_path: Path) -> None:
     path = tmp_path / "foreign.tar"
-    names = ["d/", "d/a.seg.png", "d/a.cls", "d/b.txt", "c.cls", "c.txt"]
+    names = ["d/", "d/a.007.png", "d/a.cls", "d/b.txt", "c.cls", "c.txt"]
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name in names:
             info = tarfile.TarInfo(name)
@@ -469,9 +587,9 @@ def test_members_of_one_sample_may_be_missing_and_their_order_free(tmp_path: Pat
                 tar.addfile(info, payload)
     index = index_tar(path)
     assert list(index.keys()) == ["d/a", "d/b", "c"]
-    assert index.extensions == ("cls", "seg.png", "txt")
+    assert index.extensions == ("007.png", "cls", "txt")
     assert index.labels.tolist() == [5, UNLABELLED, 5]
-    assert (index.size >= 0).tolist() == [[True, True, False], [False, False, True], [1, 0, 1]]
+    assert (index.size >= 0).tolist() == [[True, True, False], [False, False, True], [0, 1, 1]]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar at all" * 64, b"\x1f\x8b" + b"\0" * 600])
@@ -533,12 +651,13 @@ def paths_of(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | i
 
 
 def accepted(directory: Path) -> bool:
-    """Whether a manifest and its index load; anything but the two errors fails the test."""
+    """Whether manifest, indexes and shards fit; anything but the two errors fails the test."""
     try:
-        load_index(load_manifest(directory))
+        manifest = load_manifest(directory)
+        indexes_of(manifest)
     except (UsageError, IntegrityError):
         return False
-    return True
+    return not list(lost_shards(manifest))
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -597,13 +716,18 @@ def test_deep_or_long_manifests_raise_only_our_errors(manifest: Manifest, conten
         load_manifest(manifest.directory)
 
 
+def read_index_at(path: Path) -> SampleIndex:
+    with path.open("rb") as file:
+        return read_index(file.fileno())
+
+
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_indexes_and_tars_raise_only_our_errors(
     fuzzed: Manifest, tmp_path: Path, data: st.DataObject
 ) -> None:
     shard = fuzzed.shards[0]
-    for name, read in ((str(shard.index), read_index), (shard.url, index_tar)):
+    for name, read in ((str(shard.index), read_index_at), (shard.url, index_tar)):
         content = bytearray((fuzzed.directory / name).read_bytes())
         for _ in range(data.draw(st.integers(1, 3))):
             # Headers are where a parser can be misled.
@@ -613,14 +737,15 @@ def test_damaged_indexes_and_tars_raise_only_our_errors(
         path.write_bytes(content[: data.draw(st.integers(len(content) - 600, len(content)))])
         try:
             read(path)
-        except IntegrityError as error:
-            assert name in str(error)  # noqa: PT017 - most damage is refused, not all
+        except UNREADABLE as error:
+            # Who maps an index puts its name to whatever this raises.
+            assert name == shard.index or name in str(error)  # noqa: PT017
 
 
 def test_index_survives_its_file(manifest: Manifest, tmp_path: Path) -> None:
     index = index_tar(manifest.directory / manifest.shards[0].url)
     path = tmp_path / "index.safetensors"
     path.write_bytes(index_bytes(index))
-    assert read_index(path) == index
+    assert read_index_at(path) == index
     assert file_digest(path) == manifest.shards[0].index_sha256
     assert index.offset.dtype == np.int64

@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 from cmkd_scale.errors import UsageError
-from cmkd_scale.models.encoders import ENCODERS, INPUT_RANK, build_encoder
+from cmkd_scale.models.encoders import ENCODERS, INPUT_RANKS, build_encoder
 from cmkd_scale.models.model import Model, build_model
 
 INPUTS = {
     "resnet": torch.randn(5, 1, 28, 56),
     "byte_transformer": torch.randint(1, 257, (5, 24)),
+    "features": torch.randn(5, 3, 20),
 }
 
 
@@ -72,4 +73,15 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_every_encoder_states_its_input_rank() -> None:
-    assert set(INPUT_RANK) == set(ENCODERS) == set(INPUTS)
+    assert set(INPUT_RANKS) == set(ENCODERS) == set(INPUTS)
+
+
+def test_several_pictures_are_encoded_alone_and_averaged() -> None:
+    pictures = torch.randn(2, 3, 1, 28, 56)
+    model = build_model(
+        encoder=None, shape=(3, 1, 28, 56), width=16, depth=1, feature_dim=12, classes=7
+    )
+    pooled, stages = model.encoder(pictures)
+    alone = [model.encoder(pictures[:, frame])[0] for frame in range(3)]
+    torch.testing.assert_close(pooled, torch.stack(alone).mean(0))
+    assert all(len(stage) == 2 for stage in stages)

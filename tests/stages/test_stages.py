@@ -56,6 +56,7 @@ def test_a_student_run_holds_what_the_interface_promises(story: Story, tmp_path:
     assert names == {
         "config.yaml",
         "env.json",
+        "labels.json",
         "metrics.jsonl",
         "results.json",
         "checkpoints",

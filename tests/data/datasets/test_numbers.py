@@ -24,7 +24,8 @@ from cmkd_scale.data.datasets.handwriting import digits_of, mnist_digits
 from cmkd_scale.data.datasets.numbers import LABEL_NAMES, NumbersSplit
 from cmkd_scale.data.datasets.speech import VARIANTS
 from cmkd_scale.data.modalities import MODALITIES
-from cmkd_scale.data.shards import find_manifests, load_manifest, verify
+from cmkd_scale.data.shards import find_manifests, load_manifest
+from cmkd_scale.data.verify import verify
 from cmkd_scale.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[3]

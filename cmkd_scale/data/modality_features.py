@@ -1,0 +1,73 @@
+"""Features that another program has extracted, as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmkd_scale.data.array import read_array
+from cmkd_scale.data.modality_base import DecodeError, Modality, noise_like
+from cmkd_scale.errors import UsageError
+
+_MAX_ELEMENTS = 50_000_000
+
+
+@dataclass(frozen=True)
+class FeaturesModality(Modality):
+    """Vectors in ``.npy`` files, [dim] or one for each moment [T, dim]: [frames, dim] float32."""
+
+    dim: int = 512
+    """Numbers in a vector."""
+    frames: int = 1
+    """Parts of equal length that the moments are averaged over."""
+    noise: float = 0.0
+    """Standard deviation of augmenting noise, in units of the vector's own."""
+    drop: float = 0.1
+    """Augmenting probability of each number to become 0; the others grow by 1 / (1 - drop)."""
+
+    extensions: ClassVar[tuple[str, ...]] = ("npy",)
+    positive: ClassVar[frozenset[str]] = frozenset({"dim", "frames"})
+
+    def __post_init__(self) -> None:
+        """Refuse impossible options with ``UsageError``."""
+        super().__post_init__()
+        if self.drop >= 1:
+            raise UsageError(f"FeaturesModality: drop is {self.drop}, not below 1.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(frames, dim)."""
+        return (self.frames, self.dim)
+
+    def decode(self, members: Mapping[str, bytes]) -> Tensor:
+        """See ``Modality``."""
+        content = self.content(members)
+        try:
+            array = read_array(content, _MAX_ELEMENTS)
+        except ValueError as error:
+            raise DecodeError(f"it is {error}.") from None
+        if not 1 <= array.ndim <= 2 or array.shape[-1] != self.dim or not array.size:
+            raise DecodeError(
+                f"it has shape {list(array.shape)}; vectors of data.transform.dim={self.dim} "
+                "numbers are read."
+            )
+        with np.errstate(over="ignore", invalid="ignore"):  # the result is looked at instead
+            moments = torch.from_numpy(array.astype(np.float32).reshape(-1, self.dim))
+        if len(moments) != self.frames:
+            moments = F.adaptive_avg_pool1d(moments.T, self.frames).T.contiguous()
+        if not bool(moments.isfinite().all()):
+            raise DecodeError("it holds numbers that are not finite in float32.")
+        return moments
+
+    def augment(self, inputs: Tensor, rng: np.random.Generator) -> Tensor:
+        """Add noise and leave out numbers."""
+        kept = torch.from_numpy(rng.random(self.shape, dtype=np.float32) >= self.drop)
+        if self.noise:
+            inputs = inputs + noise_like(self.noise, inputs, rng) * inputs.std(unbiased=False)
+        return inputs * kept / (1.0 - self.drop)

@@ -1,0 +1,65 @@
+"""Where the files of a split lie: in a local directory, or behind a URL with a local cache."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cmkd_scale.data.damage import DamagedError
+
+
+class Storage(Protocol):
+    """The directory of a split. Can be sent to other processes."""
+
+    @property
+    def address(self) -> str:
+        """For messages: a path, or a URL without secrets."""
+
+    @property
+    def retries(self) -> int:
+        """Transfers that this object had to try again in this process."""
+
+    def open(self, name: str, *, size: int | None, sha256: str) -> int:
+        """A descriptor of a file for reading, which the caller closes.
+
+        Args:
+            name: of the file.
+            size: bytes it must have, if known.
+            sha256: its digest: checked when a file is copied, not when it is opened here.
+
+        Raises:
+            DamagedError: it is missing or has another size or digest.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LocalDirectory:
+    """A directory of this machine or of a file system that it mounts."""
+
+    path: Path
+    retries: int = 0
+
+    @property
+    def address(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def open(self, name: str, *, size: int | None, sha256: str) -> int:
+        """See ``Storage``."""
+        try:
+            file = os.open(self.path / name, os.O_RDONLY)
+        except OSError as error:
+            raise DamagedError(
+                "missing_shard",
+                f"{self.path / name} cannot be opened ({error.strerror}); build or copy it again.",
+            ) from None
+        found = os.fstat(file).st_size
+        if size is not None and found != size:
+            os.close(file)
+            raise DamagedError(
+                "wrong_shard",
+                f"{self.path / name} has {found} bytes instead of {size}; build or copy it again.",
+            )
+        return file

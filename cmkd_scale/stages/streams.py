@@ -1,0 +1,205 @@
+"""The data of a run: opening a split, its training batches, and what the run notes about it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cmkd_scale import distributed
+from cmkd_scale.config import Config
+from cmkd_scale.data.damage import Incident, Quarantine
+from cmkd_scale.data.labels import LabelMap, compare_labels
+from cmkd_scale.data.loader import TrainLoader
+from cmkd_scale.data.locate import open_manifest
+from cmkd_scale.data.modalities import MODALITIES, Modality
+from cmkd_scale.data.order import Draw, Order
+from cmkd_scale.data.sampling import Natural, Weighted, choose
+from cmkd_scale.data.shards import lost_shards
+from cmkd_scale.data.stream import SampleReader
+from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
+from cmkd_scale.memory.bank import PrototypeMemory
+from cmkd_scale.stages.runs import write_json
+
+_log = logging.getLogger(__name__)
+
+QUARANTINE = "quarantine.jsonl"
+LABELS = "labels.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SplitData:
+    """A split that is ready to be read."""
+
+    reader: SampleReader
+    modality: Modality
+    label_names: tuple[str, ...]
+    labels: NDArray[np.int32]
+    """[N] index into ``label_names``, or ``UNLABELLED``."""
+    max_bad_fraction: float
+    workers: int
+
+    def labelled(self) -> NDArray[np.int64]:
+        """Places of all labelled samples."""
+        return choose(self.labels, classes=len(self.label_names))
+
+    def quarantine(self, record: Callable[[Incident], None] = lambda incident: None) -> Quarantine:
+        """For one pass over the split; refuses one that lacks more than it may."""
+        return Quarantine(
+            len(self.labelled()), max_bad_fraction=self.max_bad_fraction, record=record
+        )
+
+
+def open_split(config: Config, split: str) -> SplitData:
+    """Open a split of the run's shards; a collective call, since it may build them.
+
+    Raises:
+        UsageError: no such shards or split, or an option the modality does not have.
+    """
+    config.require("data.shards")
+    manifest = open_manifest(
+        str(config.data.shards),
+        split=split,
+        modality=config.data.modality,
+        source=config.data.source,
+        options=config.data.options,
+        cache_limit_bytes=config.data.cache_limit_bytes,
+    )
+    modality = make_modality(manifest.modality, config.data.transform)
+    label_map = LabelMap.make(manifest.label_names, config.data.label_map)
+    reader = SampleReader(manifest, modality.wants, label_map.index)
+    _refuse_losses(reader, config.data.max_bad_fraction)
+    return SplitData(
+        reader=reader,
+        modality=modality,
+        label_names=label_map.names,
+        labels=reader.labels(),
+        max_bad_fraction=config.data.max_bad_fraction,
+        workers=config.data.workers,
+    )
+
+
+def _refuse_losses(reader: SampleReader, max_bad_fraction: float) -> None:
+    """Before anything is trained: whole shards that are not there."""
+    samples, missing = len(reader), 0
+    for number, error in lost_shards(reader.manifest):
+        _log.warning("%s", error)
+        missing += reader.manifest.shards[number].nsamples
+        if missing > int(max_bad_fraction * samples):
+            raise IntegrityError(
+                f"{error} Without it, {missing} of {samples} samples are missing, more than "
+                f"data.max_bad_fraction={max_bad_fraction:g} allows."
+            )
+
+
+def make_modality(name: str, transform: Mapping[str, float | int]) -> Modality:
+    """A modality with some of its options set.
+
+    Raises:
+        UsageError: unknown modality or option.
+    """
+    if name not in MODALITIES:
+        raise UsageError(f"Modality '{name}' is unknown; {did_you_mean(name, MODALITIES)}")
+    kind = MODALITIES[name]
+    usual = {field.name: field.default for field in fields(kind)}
+    for option, value in transform.items():
+        if option not in usual:
+            raise UsageError(
+                f"data.transform.{option} is not an option of modality '{name}'; "
+                f"{did_you_mean(option, usual)}"
+            )
+        if isinstance(usual[option], int) and not isinstance(value, int):
+            raise UsageError(f"data.transform.{option} is {value}; it must be a whole number.")
+    return kind(**transform)
+
+
+def make_train_loader(config: Config, data: SplitData, quarantine: Quarantine) -> TrainLoader:
+    """This rank's endless training batches."""
+    return TrainLoader(
+        data.reader,
+        data.modality,
+        Order(make_draw(config, data), data.reader.starts, config.run.seed),
+        global_batch_size=config.train.global_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        augment=config.data.augment,
+        workers=config.data.workers,
+        cache_bytes=config.data.cache_bytes,
+        quarantine=quarantine,
+    )
+
+
+def make_draw(config: Config, data: SplitData) -> Draw:
+    """What an epoch of training holds."""
+    per_class, seed = config.data.n_per_class, config.run.seed
+    subset = choose(data.labels, classes=len(data.label_names), n_per_class=per_class, seed=seed)
+    name = "labelled" if per_class is None else f"{per_class} a class"
+    if config.data.sampling == "natural":
+        return Natural(len(data.labels), subset, name=name)
+    return Weighted(
+        subset, data.labels[subset], sampling=config.data.sampling, seed=seed, name=name
+    )
+
+
+def compare_streams(
+    config: Config, data: SplitData, memory: PrototypeMemory | None, directory: Path
+) -> None:
+    """Before training: what the student's labels and the memory's have in common.
+
+    Rank 0 says it and writes ``labels.json``. Without a memory there is nothing to compare.
+    """
+    if memory is None:
+        return
+    places = make_draw(config, data).places(0)
+    drawn = data.labels if places is None else data.labels[places]
+    counts = np.bincount(drawn[drawn >= 0], minlength=len(data.label_names)).tolist()
+    taught = memory.class_count.tolist()
+    modality = str(memory.provenance.get("modality", "teacher"))
+    report = compare_labels(
+        f"student ({data.reader.manifest.modality})",
+        dict(zip(data.label_names, counts, strict=True)),
+        f"memory ({modality})",
+        dict(zip(memory.class_names, taught, strict=True)),
+    )
+    if distributed.is_main():
+        write_json(directory / LABELS, report.to_json())
+        for line in report.lines():
+            _log.info("%s", line)
+
+
+def open_quarantine(directory: Path, data: SplitData, config: Config) -> Quarantine:
+    """For training: what earlier parts of the run have left out counts, too.
+
+    Rank 0 writes ``quarantine.jsonl``: shard, key and reason of each damaged sample.
+    """
+    path = directory / QUARANTINE
+    known = _places(path)
+    distributed.barrier()  # before rank 0 may add to what others are reading
+
+    def record(incident: Incident) -> None:
+        if distributed.is_main():
+            with path.open("a") as file:
+                file.write(incident.to_json() + "\n")
+
+    return Quarantine(
+        len(data.labelled()),
+        max_bad_fraction=config.data.max_bad_fraction,
+        record=record,
+        known=known,
+    )
+
+
+def _places(path: Path) -> list[int]:
+    """Of the samples in a ``quarantine.jsonl``; a last line that was cut short is left out."""
+    places = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            places.append(int(json.loads(line)["place"]))
+        except (ValueError, KeyError, TypeError):
+            _log.warning("%s: a line that is no record of a sample is passed over", path)
+    return places
