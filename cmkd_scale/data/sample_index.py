@@ -84,7 +84,8 @@ class SampleIndex:
 
     def key(self, i: int) -> str:
         """The key of sample ``i``."""
-        return bytes(self.key_bytes[self.key_offset[i] : self.key_offset[i + 1]]).decode()
+        begin, end = self.key_offset.item(i), self.key_offset.item(i + 1)
+        return self.key_bytes[begin:end].tobytes().decode()
 
     def keys(self) -> Iterator[str]:
         """All keys in stored order."""

@@ -84,6 +84,8 @@ def memory(config: Config) -> dict[str, Any]:
                 "manifest": data.reader.manifest.digest,
             },
         )
+    skipped = len(data.labelled()) - int(result.class_count.sum())
+    data.refuse_too_many(skipped)
     file = directory / FILE_NAME
     digest = _save_on_main(result, file)
     return write_results(
@@ -93,7 +95,7 @@ def memory(config: Config) -> dict[str, Any]:
         began=began,
         method=None,
         steps=None,
-        metrics=_measures(result),
+        metrics={**_measures(result), "memory/skipped": skipped},
         memory_digest=digest,
         memory_file=str(file),
         empty_classes=[

@@ -124,6 +124,8 @@ def evaluate_model(
     model.to(device)
     places, labels, features, logits = infer(model, data, device)
     places, labels, features, logits = gather_sorted(places, labels, features, logits)
+    skipped = len(data.labelled()) - len(labels)
+    data.refuse_too_many(skipped)
     predictions = logits.argmax(1)
     correct = (predictions == labels).numpy()
     tensors = {"labels": labels, "predictions": predictions, "features": features}
@@ -141,4 +143,5 @@ def evaluate_model(
         "test/cross_entropy": float(functional.cross_entropy(logits.double(), labels)),
         "test/per_class_accuracy": per_class,
         "test/samples": len(labels),
+        "test/skipped": skipped,
     }

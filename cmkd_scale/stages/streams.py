@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -48,11 +48,23 @@ class SplitData:
         """Places of all labelled samples."""
         return choose(self.labels, classes=len(self.label_names))
 
-    def quarantine(self, record: Callable[[Incident], None] = lambda incident: None) -> Quarantine:
-        """For one pass over the split; refuses one that lacks more than it may."""
-        return Quarantine(
-            len(self.labelled()), max_bad_fraction=self.max_bad_fraction, record=record
-        )
+    def quarantine(self) -> Quarantine:
+        """For this rank's part of a pass over the split."""
+        return Quarantine(len(self.labelled()), max_bad_fraction=self.max_bad_fraction)
+
+    def refuse_too_many(self, skipped: int) -> None:
+        """Judge a pass of all ranks, each of which has left out no more than it may alone.
+
+        Raises:
+            IntegrityError: together they have left out more than allowed.
+        """
+        if skipped > self.quarantine().allowed:
+            raise IntegrityError(
+                f"{skipped} of {len(self.labelled())} samples of {self.reader.manifest.address} "
+                f"are damaged, and data.max_bad_fraction={self.max_bad_fraction:g} allows "
+                f"{self.quarantine().allowed}. Run `cmkd shards verify` on it, and build or copy "
+                "it again."
+            )
 
 
 def open_split(config: Config, split: str) -> SplitData:
