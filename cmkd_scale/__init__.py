@@ -1,3 +1,3 @@
 """cmkd_scale: cross-modal knowledge distillation without paired data, at scale."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -6,6 +6,7 @@ The tars are read once and stay as they are.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 from cmkd_scale.data.manifest import MANIFEST, Manifest, ShardRecord, load_manifest
 from cmkd_scale.data.plan import make_manifest
 from cmkd_scale.data.sample_index import index_bytes, index_tar
-from cmkd_scale.data.workers import bind_to_parent, context
+from cmkd_scale.data.workers import bind_to, context
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.files import file_digest, to_json, write_atomically
 
@@ -62,7 +63,7 @@ def adopt(
         else:
             pool: Executor
             with ProcessPoolExecutor(
-                workers, mp_context=context(), initializer=bind_to_parent
+                workers, mp_context=context(), initializer=bind_to, initargs=(os.getpid(),)
             ) as pool:
                 indexed = _index_all(tars, partial(pool.map, chunksize=1), progress)
         largest = max((label for _, counts, _ in indexed for label in counts), default=-1)

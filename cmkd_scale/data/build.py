@@ -162,7 +162,10 @@ def _write_shards(
             progress(done, total)
         return [record for record in records.values() if record is not None]
     with ProcessPoolExecutor(
-        workers, mp_context=context(), initializer=open_source, initargs=job.arguments
+        workers,
+        mp_context=context(),
+        initializer=open_source,
+        initargs=(os.getpid(), *job.arguments),
     ) as pool:
         futures = {
             pool.submit(write_shard_in_worker, partial, name, parts[name]): name for name in missing

@@ -12,7 +12,7 @@ from typing import Any
 from cmkd_scale.data.datasets.protocols import Dataset, Split
 from cmkd_scale.data.manifest import ShardRecord
 from cmkd_scale.data.sample_index import index_bytes, index_tar, is_known
-from cmkd_scale.data.workers import bind_to_parent
+from cmkd_scale.data.workers import bind_to
 from cmkd_scale.errors import IntegrityError
 from cmkd_scale.files import file_digest, read_json, to_json, write_atomically
 from cmkd_scale.records import UNLABELLED, Sample
@@ -23,10 +23,10 @@ _source: Split | None = None
 """What this process builds from, if it is a worker: opened once, since that may take long."""
 
 
-def open_source(dataset: Dataset, modality: str, split: str) -> None:
+def open_source(builder: int, dataset: Dataset, modality: str, split: str) -> None:
     """Make this process one that ``write_shard_in_worker`` runs in."""
     global _source
-    bind_to_parent()
+    bind_to(builder)
     _source = dataset.open(modality, split)
 
 

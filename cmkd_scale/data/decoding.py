@@ -72,7 +72,8 @@ class Decoder(Dataset[Delivery | CmkdError]):
         inputs, labels, keys, damaged = [], [], [], []
         samples = [self._cache.get(place) for place in request.places.tolist()]
         unread = [row for row, sample in enumerate(samples) if sample is None]
-        read = self.reader.read(request.places[unread])
+        # All before any is decoded: by turns, each finds the caches full of the other's data.
+        read = iter(list(self.reader.read(request.places[unread])))
         for row, (place, sample) in enumerate(zip(request.places.tolist(), samples, strict=True)):
             if sample is None:
                 try:

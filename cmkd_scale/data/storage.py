@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -49,17 +50,19 @@ class LocalDirectory:
     def open(self, name: str, *, size: int | None, sha256: str) -> int:
         """See ``Storage``."""
         try:
-            file = os.open(self.path / name, os.O_RDONLY)
+            # Not waiting for a writer, should this be a pipe.
+            file = os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise DamagedError(
                 "missing_shard",
                 f"{self.path / name} cannot be opened ({error.strerror}); build or copy it again.",
             ) from None
-        found = os.fstat(file).st_size
-        if size is not None and found != size:
+        state = os.fstat(file)
+        if not stat.S_ISREG(state.st_mode) or size not in (None, state.st_size):
             os.close(file)
             raise DamagedError(
                 "wrong_shard",
-                f"{self.path / name} has {found} bytes instead of {size}; build or copy it again.",
+                f"{self.path / name} has {state.st_size} bytes instead of {size}, or is no file; "
+                "build or copy it again.",
             )
         return file

@@ -68,6 +68,7 @@ class SampleReader:
         self._indexes: OrderedDict[int, SampleIndex] = OrderedDict()
         # What failed once, maybe after many attempts, is not tried again for each sample.
         self._broken: dict[int, DamagedError] = {}
+        self._unindexed: dict[int, DamagedError] = {}
         self._most_open = min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
     def __len__(self) -> int:
@@ -110,8 +111,6 @@ class SampleReader:
         Raises:
             DamagedError: an index cannot be read.
         """
-        if sum(self.manifest.class_counts) == 0:
-            return np.full(len(self), UNLABELLED, dtype=np.int32)
         parts = [map_index(self.manifest, n).labels for n in range(len(self.manifest.shards))]
         stored = np.concatenate([np.zeros(0, np.int32), *parts])
         labels: NDArray[np.int32] = self._labels[stored]
@@ -176,8 +175,14 @@ class SampleReader:
     def _index(self, number: int) -> SampleIndex:
         if number in self._shards:
             return self._shards[number].index
+        if number in self._unindexed:
+            raise self._unindexed[number]
         if number not in self._indexes:
-            self._indexes[number] = map_index(self.manifest, number)
+            try:
+                self._indexes[number] = map_index(self.manifest, number)
+            except DamagedError as error:
+                self._unindexed[number] = error
+                raise
             if len(self._indexes) > self._most_open:
                 self._indexes.popitem(last=False)
         return self._indexes[number]

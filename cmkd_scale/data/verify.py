@@ -79,11 +79,10 @@ def _problems_of_shard(manifest: Manifest, shard: ShardRecord, keys: set[str]) -
         reason = contradiction(found, shard, manifest)
         if reason:
             yield Problem(tar, f"contradicts the manifest: {reason}")
-        for key in map(found.key, range(len(found))):
-            if key in keys:
-                yield Problem(tar, f"holds {key}, which it or an earlier shard holds already")
-                break
-            keys.add(key)
+        repeated = keys.intersection(found.keys())
+        if repeated:
+            yield Problem(tar, f"holds {min(repeated)}, which an earlier shard holds too")
+        keys.update(found.keys())
     except (CmkdError, OSError) as error:
         yield Problem(tar, str(error))
         return

@@ -8,21 +8,24 @@ alone, since the trainer still needs its data to reach a checkpoint; they die wi
 
 from __future__ import annotations
 
-import ctypes
+import atexit
+import functools
 import multiprocessing
 import os
+import select
 import signal
-import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from typing import TypeVar
 
+import psutil
 from torch.utils.data import DataLoader, Dataset
 
 _SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _Request = TypeVar("_Request")
 _Answer = TypeVar("_Answer")
@@ -42,6 +45,7 @@ def answers(
         for request in requests:
             yield dataset[request]
         return
+    _end_workers_at_exit()
     with warnings.catch_warnings():
         # Whether more workers than cores make sense is for the configuration to say.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -53,14 +57,14 @@ def answers(
                 num_workers=workers,
                 collate_fn=_as_it_is,
                 multiprocessing_context=context(),
-                worker_init_fn=_start,
+                worker_init_fn=functools.partial(_start, os.getpid()),
             )
         )
     yield from delivered
 
 
 def context() -> ForkServerContext:
-    """Starts processes like those: for the initialiser of each, see ``bind_to_parent``."""
+    """Starts processes like those: for the initialiser of each, see ``bind_to``."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["cmkd_scale.data.loader"])
     # The server inherits the mask, and its workers from it; ours is restored at once, and
@@ -73,20 +77,42 @@ def context() -> ForkServerContext:
     return found
 
 
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Have them killed before multiprocessing asks them to end, and waits: they ignore that."""
+
+    def end() -> None:
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    atexit.register(end)
+
+
 def _as_it_is(answer: _Answer) -> _Answer:
     return answer
 
 
-def _start(worker: int) -> None:
-    bind_to_parent()
+def _start(trainer: int, worker: int) -> None:
+    bind_to(trainer)
 
 
-def bind_to_parent() -> None:
-    """Outlive signals, but not the parent."""
+def bind_to(trainer: int) -> None:
+    """Make this process outlive signals, but not the process ``trainer``.
+
+    Its parent is the server, which lives as long as one of its children does, so what tells
+    usual children that their parent is gone says nothing here.
+    """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # The server ends when the trainer does, and this worker with the server.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # it ended before the line above
-            os._exit(1)
+    threading.Thread(target=_end_with, args=(trainer,), name="bind", daemon=True).start()
+
+
+def _end_with(process: int) -> None:
+    try:
+        ended = os.pidfd_open(process)  # readable when it has
+        select.select([ended], [], [])
+    except (OSError, AttributeError):  # gone already, or a system without these
+        while psutil.pid_exists(process):
+            time.sleep(1.0)
+    os._exit(1)

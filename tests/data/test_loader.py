@@ -281,6 +281,19 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+def test_a_program_that_fails_while_it_reads_ends_at_once(tmp_path: Path) -> None:
+    manifest = build_toy(tmp_path)
+    program = tmp_path / "parent.py"
+    program.write_text(PARENT.replace("time.sleep(600)", "sys.exit(3)"))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    # The timeout is no measure: without the cure it waits for its workers for ever.
+    done = subprocess.run(
+        [sys.executable, program, manifest.directory], env=environment, check=False, timeout=120
+    )
+    assert done.returncode == 3
+
+
+@pytest.mark.slow
 def test_workers_outlive_signals_and_die_with_their_parent(tmp_path: Path) -> None:
     manifest = build_toy(tmp_path)
     program = tmp_path / "parent.py"
