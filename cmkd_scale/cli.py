@@ -129,7 +129,7 @@ def _add_shards(parsers: Any) -> None:
         ("info", verbs.shards_info_verb, "print counts, sizes and classes"),
     ):
         action = _verb(actions, name, run, summary, f"cmkd shards {name} data/numbers")
-        action.add_argument("directory", type=Path)
+        action.add_argument("directory", type=_local)
     index = _verb(
         actions,
         "index",
@@ -172,10 +172,21 @@ def _add_shards(parsers: Any) -> None:
         "--sampling", choices=("natural", "square_root", "balanced"), default="natural"
     )
     stream.add_argument("--samples", choices=("labelled", "unlabelled", "all"), default="labelled")
+    stream.add_argument("--n-per-class", type=int, metavar="N", help="as data.n_per_class")
     stream.add_argument("--stop-after", type=int, metavar="N", help="counted for this rank")
     stream.add_argument("--state", type=Path, metavar="FILE", help="continue from here")
     stream.add_argument("--save-state", type=Path, metavar="FILE")
     stream.add_argument("--print-keys", action="store_true")
+
+
+def _local(text: str) -> Path:
+    """A directory of this machine: of a URL, ``Path`` would make one without a word."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is remote: check it where it was built; what is fetched from it is checked "
+            "on the way"
+        )
+    return Path(text)
 
 
 def _add_stage(parsers: Any, name: str, run: Run, summary: str) -> None:

@@ -132,6 +132,7 @@ def shards_stream_verb(options: argparse.Namespace) -> None:
             seed=options.seed,
             sampling=options.sampling,
             samples=options.samples,
+            n_per_class=options.n_per_class,
         ),
         stop_after=options.stop_after,
         state=options.state,
@@ -205,5 +206,11 @@ def _split_lines(rows: list[dict[str, Any]]) -> str:
         f"{row['name']}: {row['samples']} samples in {row['shards']} shards, "
         f"{row['bytes'] / 1e6:.1f} MB, {row['classes']} classes of "
         f"{row['smallest_class']} to {row['largest_class']}"
+        + (
+            f"; two samples of a batch of 256 share a shard {row['shared_shards']:.2f} x as often "
+            "as in a uniform order"
+            if "shared_shards" in row
+            else ""
+        )
         for row in rows
     )

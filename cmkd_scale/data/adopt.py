@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from cmkd_scale.data.manifest import MANIFEST, Manifest, ShardRecord, load_manifest
+from cmkd_scale.data.manifest import FILE_NAME, MANIFEST, Manifest, ShardRecord, load_manifest
 from cmkd_scale.data.plan import make_manifest
-from cmkd_scale.data.sample_index import index_bytes, index_tar
+from cmkd_scale.data.sample_index import index_bytes
+from cmkd_scale.data.tar_walk import index_tar
 from cmkd_scale.data.workers import bind_to, context
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.files import file_digest, to_json, write_atomically
@@ -55,6 +56,12 @@ def adopt(
     tars = sorted(directory.glob("*.tar"))
     if not tars:
         raise UsageError(f"There are no shards (*.tar) in {directory}.")
+    odd = [tar.name for tar in tars if not FILE_NAME.fullmatch(tar.name)]
+    if odd:
+        raise UsageError(
+            f"'{odd[0]}' in {directory}: names of shards take letters, digits, '.', '_' and '-'; "
+            "rename it."
+        )
     if (directory / MANIFEST).exists():
         raise UsageError(f"{directory} has a {MANIFEST} already; remove it to index anew.")
     try:

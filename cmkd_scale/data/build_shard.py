@@ -11,7 +11,8 @@ from typing import Any
 
 from cmkd_scale.data.datasets.protocols import Dataset, Split
 from cmkd_scale.data.manifest import ShardRecord
-from cmkd_scale.data.sample_index import index_bytes, index_tar, is_known
+from cmkd_scale.data.sample_index import index_bytes, is_known
+from cmkd_scale.data.tar_walk import index_tar
 from cmkd_scale.data.workers import bind_to
 from cmkd_scale.errors import IntegrityError
 from cmkd_scale.files import file_digest, read_json, to_json, write_atomically

@@ -41,11 +41,6 @@ def locate_shards(
     Raises:
         UsageError: unknown data set or modality, or no such directory.
     """
-    if "://" in address:
-        raise UsageError(
-            f"data.shards: {address} is remote, and this version reads local directories only; "
-            "copy the shards here and give their directory."
-        )
     if not address.startswith(PREFIX):
         if not Path(address).is_dir():
             raise UsageError(

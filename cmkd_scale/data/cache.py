@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.data.damage import DamagedError
+from cmkd_scale.errors import UsageError
 from cmkd_scale.files import sync
 
 _log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class ShardCache:
 
         Raises:
             UsageError: the cache cannot be written, or the disk is full.
-            IntegrityError: what was fetched has another size or digest, repeatedly.
+            DamagedError: what was fetched has another size or digest, repeatedly.
         """
         with _explained(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -176,9 +177,10 @@ class ShardCache:
             found = f"{partial.size} bytes with SHA-256 {partial.digest()}"
             partial.restart()
         expected = f"{'?' if size is None else size} bytes with SHA-256 {sha256}"
-        raise IntegrityError(
+        raise DamagedError(
+            "wrong_shard",
             f"{address}: the server's file is not what the manifest states: {found}, instead of "
-            f"{expected}. Upload the whole directory again."
+            f"{expected}. Upload the whole directory again.",
         )
 
     def _evict(self, wanted: int) -> None:

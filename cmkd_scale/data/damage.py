@@ -7,13 +7,16 @@ the budget allows is a damaged data set, and the run ends.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Protocol
 
+import torch
+
+from cmkd_scale import distributed
 from cmkd_scale.errors import IntegrityError
 
 _log = logging.getLogger(__name__)
@@ -30,6 +33,10 @@ class DamagedError(IntegrityError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[str, str]]:
+        """It may cross the border of a process."""
+        return DamagedError, (self.reason, str(self))
+
 
 @dataclass(frozen=True, slots=True)
 class Incident:
@@ -42,21 +49,22 @@ class Incident:
     key: str
     message: str
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(
-            {
-                "shard": self.shard,
-                "key": self.key,
-                "reason": self.reason,
-                "place": self.place,
-                "message": self.message,
-            }
-        )
+
+class Namer(Protocol):
+    """Puts names to places, as a ``SampleReader`` does."""
+
+    def incident(self, place: int, error: DamagedError) -> Incident:
+        """Shard and key of a damaged sample."""
+
+
+def allowance(max_bad_fraction: float, samples: int) -> int:
+    """How many of ``samples`` may be damaged, rounded down."""
+    # As it is written: in binary, 0.29 of 100 samples would be 28.
+    return int(Decimal(str(max_bad_fraction)) * samples)
 
 
 class Quarantine:
-    """The distinct damaged samples of a split."""
+    """The distinct damaged samples that a pass over a split, or a training, has met."""
 
     def __init__(
         self,
@@ -70,16 +78,17 @@ class Quarantine:
 
         Args:
             samples: that are read in an epoch.
-            max_bad_fraction: 0 ends the run at the first damaged sample.
+            max_bad_fraction: 0 allows none.
             record: called with every sample that is met for the first time.
             known: places that an earlier part of the run has recorded.
         """
-        # As it is written: in binary, 0.29 of 100 samples would be 28.
-        self.allowed = int(Decimal(str(max_bad_fraction)) * samples)
+        self.allowed = allowance(max_bad_fraction, samples)
         self._samples = samples
         self._fraction = max_bad_fraction
         self._record = record
         self._places = set(known)
+        self._last: Incident | None = None
+        self._unshared: list[Incident] = []
         self._met: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -88,41 +97,53 @@ class Quarantine:
 
     @property
     def met(self) -> Mapping[str, int]:
-        """How often a sample was left out, by reason, repetitions included."""
+        """How often this process left out a sample, by reason, repetitions included."""
         return dict(self._met)
 
     def add(self, incident: Incident) -> None:
-        """Count a damaged sample that was left out.
-
-        Raises:
-            IntegrityError: these are more than allowed; names shard and key of this one.
-        """
+        """Count a damaged sample that was left out."""
         self._met[incident.reason] += 1
-        if incident.place in self._places:
-            return
-        self._places.add(incident.place)
-        self._record(incident)
-        _log.warning("left out: %s", incident.message)
-        self.check(incident)
+        if incident.place not in self._places:
+            _log.warning("left out: %s", incident.message)
+            self._unshared.append(incident)
+            self._take(incident)
 
-    def merge(self, incidents: Iterable[Incident]) -> None:
-        """Take in what other processes have met and reported.
+    def share(self, namer: Namer) -> None:
+        """Tell all ranks what each has met since the last time; a collective call.
 
         Raises:
-            IntegrityError: these are more than allowed.
+            IntegrityError: on all ranks alike: they have met more than allowed.
         """
-        for incident in incidents:
-            if incident.place not in self._places:
-                self._places.add(incident.place)
-                self._record(incident)
-                self.check(incident)
+        if distributed.any_rank(bool(self._unshared)):
+            rows = [(incident.place, REASONS.index(incident.reason)) for incident in self._unshared]
+            self._unshared.clear()
+            mine = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+            for place, reason in distributed.gather_rows(mine).tolist():
+                if place in self._places:
+                    continue
+                if distributed.is_main():  # which records it
+                    error = DamagedError(REASONS[reason], "another process has met it.")
+                    self._take(namer.incident(place, error))
+                else:
+                    self._take(Incident(place, REASONS[reason], "", "", f"Sample number {place}."))
+        self.check()
 
-    def check(self, incident: Incident) -> None:
-        """Raise ``IntegrityError`` if there are more damaged samples than allowed."""
+    def check(self) -> None:
+        """Refuse to go on with more damaged samples than allowed.
+
+        Raises:
+            IntegrityError: names shard and key of the last one.
+        """
         if len(self._places) > self.allowed:
+            last = f"{self._last.message} " if self._last else ""
             raise IntegrityError(
-                f"{incident.message} With it, {len(self._places)} of {self._samples} samples are "
-                f"damaged, and data.max_bad_fraction={self._fraction:g} allows {self.allowed}. Run "
-                "`cmkd shards verify` on the shards and build or copy them again, or raise "
-                "data.max_bad_fraction to train without the damaged samples."
+                f"{last}In all, {len(self._places)} of {self._samples} samples are damaged, and "
+                f"data.max_bad_fraction={self._fraction:g} allows {self.allowed}. Check the shards "
+                "where they lie (`cmkd shards verify`), and build or copy them again; or raise "
+                "data.max_bad_fraction to go on without the damaged samples."
             )
+
+    def _take(self, incident: Incident) -> None:
+        self._places.add(incident.place)
+        self._last = incident
+        self._record(incident)

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from cmkd_scale import distributed
-from cmkd_scale.data.damage import REASONS, DamagedError, Incident, Quarantine
+from cmkd_scale.data.damage import REASONS, Incident, Quarantine
 from cmkd_scale.data.decoding import Decoder, Delivery, Request
 from cmkd_scale.data.modalities import Modality
 from cmkd_scale.data.order import Order, Position, rank_positions, stable_hash
-from cmkd_scale.data.prefetch import Prefetch
+from cmkd_scale.data.prefetch import AHEAD, Prefetch
 from cmkd_scale.data.state import check_state, stream_state
 from cmkd_scale.data.stream import SampleReader
 from cmkd_scale.data.workers import answers
@@ -81,14 +81,14 @@ class TrainLoader:
         self.workers = workers
         self.delivered = 0
         self._retries = 0
-        self._unshared: list[Incident] = []
         self._reported = np.zeros(len(REASONS) + 1, dtype=np.int64)
 
     def batches(self) -> Iterator[Batch]:
         """Endless batches after the last one delivered.
 
         Raises:
-            IntegrityError: more samples are damaged than the quarantine allows.
+            IntegrityError: hardly a sample can be read, or there is one rank and more samples
+                are damaged than the quarantine allows; with several, ``exchange`` raises that.
         """
         pending: list[Request] = []  # asked for and not delivered, oldest first
 
@@ -131,48 +131,43 @@ class TrainLoader:
             occurred, and ``read_retries``.
 
         Raises:
-            IntegrityError: all ranks together have met more damaged samples than allowed.
+            IntegrityError: on all ranks: they have met more damaged samples than allowed.
         """
+        self.quarantine.share(self.decoder.reader)
         met = [self.quarantine.met.get(reason, 0) for reason in REASONS]
-        totals = np.array([*met, self._retries], dtype=np.int64)
+        retries = self._retries + self.decoder.reader.manifest.storage.retries
+        totals = np.array([*met, retries], dtype=np.int64)
         news, self._reported = totals - self._reported, totals
-        shared = distributed.all_reduce_sum(torch.tensor([*news, len(self._unshared)]))
-        *skipped, retries, unshared = shared.tolist()
-        if unshared:
-            rows = [(incident.place, REASONS.index(incident.reason)) for incident in self._unshared]
-            self._unshared.clear()
-            mine = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
-            self.quarantine.merge(
-                self.decoder.reader.incident(
-                    place, DamagedError(REASONS[reason], "met by another process.")
-                )
-                for place, reason in distributed.gather_rows(mine).tolist()
-            )
+        *skipped, retries = distributed.all_reduce_sum(torch.from_numpy(news)).tolist()
         values = {f"samples_skipped/{r}": n for r, n in zip(REASONS, skipped, strict=True) if n}
         return {**values, "read_retries": retries}
 
     def _requests(self) -> Iterator[Request]:
-        start = self.delivered
-        reader = self.decoder.reader
-        with Prefetch(reader, self.order, self.rank, self.world_size) as prefetch:
+        start = wanted = self.delivered
+        with Prefetch(self.decoder.reader) as prefetch:
             while True:
                 stop = start + self.global_batch_size
-                prefetch.reached(start, stop)
-                mine = rank_positions(start, stop, self.rank, self.world_size)
-                counts = np.array(mine, dtype=np.int64)
+                if prefetch.useful:
+                    prefetch.want(self.order.places(self._counts(wanted, stop + AHEAD)))
+                    wanted = stop + AHEAD
+                counts = self._counts(start, stop)
                 yield Request(self.order.places(counts), *np.divmod(counts, len(self.order)))
                 start = stop
 
+    def _counts(self, start: int, stop: int) -> NDArray[np.int64]:
+        return np.array(rank_positions(start, stop, self.rank, self.world_size), dtype=np.int64)
+
     def _mend(self, request: Request, delivery: Delivery) -> Batch:
         """The whole batch, with another sample in the place of each damaged one."""
-        self._retries += delivery.retries
+        if self.workers:
+            self._retries += delivery.retries  # here, those of the storage are its own
         if not delivery.damaged:
-            return delivery.batch
+            return delivery.batch()
         missing = {}
         for row, incident in delivery.damaged:
             self._set_aside(incident)
             missing[row] = self._substitute(int(request.epoch[row]), int(request.position[row]))
-        whole = iter(_rows(delivery.batch))
+        whole = iter(_rows(delivery.batch()))
         rows = [missing.get(row) or next(whole) for row in range(len(request.places))]
         return Batch(
             inputs=torch.stack([row.inputs[0] for row in rows]),
@@ -192,7 +187,7 @@ class TrainLoader:
             if isinstance(delivery, CmkdError):
                 raise delivery
             if not delivery.damaged:
-                return delivery.batch
+                return delivery.batch()
             self._set_aside(delivery.damaged[0][1])
         raise IntegrityError(
             f"Hardly a sample of {self.decoder.reader.manifest.address} can be read; run "
@@ -200,10 +195,9 @@ class TrainLoader:
         )
 
     def _set_aside(self, incident: Incident) -> None:
-        before = len(self.quarantine)
         self.quarantine.add(incident)
-        if len(self.quarantine) > before:
-            self._unshared.append(incident)
+        if self.world_size == 1:
+            self.quarantine.check()  # several stop together, at the next exchange
 
 
 def _rows(batch: Batch) -> Iterator[Batch]:
@@ -220,30 +214,33 @@ def ordered_batches(
     batch_size: int,
     rank: int,
     world_size: int,
+    quarantine: Quarantine,
     workers: int = 0,
-    quarantine: Quarantine | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], Batch]]:
     """This rank's share of ``places`` once over, with the places of each batch; no augmentation.
 
     Batch b of the whole (always the same samples) goes to rank b modulo the world size, so
     what is computed on a batch has the same bits for every world size. Damaged samples are
-    left out.
-
-    Raises:
-        IntegrityError: more samples are damaged than the quarantine allows (None: any).
+    left out and given to ``quarantine``, which the caller asks afterwards what to think of it.
     """
-    if quarantine is None:
-        quarantine = Quarantine(len(places), max_bad_fraction=0.0)
     parts = [
         places[start : start + batch_size]
         for start in range(rank * batch_size, len(places), batch_size * world_size)
     ]
-    requests = (Request(part, np.zeros_like(part), np.zeros_like(part)) for part in parts)
-    deliveries = answers(Decoder(reader, modality), requests, workers)
+
+    def requests() -> Iterator[Request]:
+        ahead = -(-AHEAD // batch_size)
+        with Prefetch(reader) as prefetch:
+            for number, part in enumerate(parts):
+                soon = parts[: ahead + 1] if number == 0 else parts[number + ahead :][:1]
+                prefetch.want(np.concatenate([part, *soon]))
+                yield Request(part, np.zeros_like(part), np.zeros_like(part))
+
+    deliveries = answers(Decoder(reader, modality), requests(), workers)
     for part, delivery in zip(parts, deliveries, strict=True):
         if isinstance(delivery, CmkdError):
             raise delivery
         for _, incident in delivery.damaged:
             quarantine.add(incident)
-        if len(delivery.batch.keys):
-            yield np.delete(part, [row for row, _ in delivery.damaged]), delivery.batch
+        if delivery.keys:
+            yield np.delete(part, [row for row, _ in delivery.damaged]), delivery.batch()

@@ -49,7 +49,7 @@ def open_manifest(
     for directory in _candidates(root_directory, split, modality):
         content = directory.read(MANIFEST, max_bytes=_LARGEST_MANIFEST)
         if content is not None:
-            manifest = parse_manifest(content, directory)
+            manifest = parse_manifest(content, directory.patient())
             found[manifest.modality, manifest.split] = manifest
     return _choose(found, root_directory.address, split, modality)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ REMEDY = (
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A bare name: a manifest must not reach out of its own directory.
-_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,150}")
+_FileName = Annotated[str, Field(pattern=f"^{FILE_NAME.pattern}$")]
 
 
 @dataclass(frozen=True, slots=True)

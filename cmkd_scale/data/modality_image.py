@@ -70,7 +70,9 @@ class ImageModality(Modality):
 
     def decode(self, members: Mapping[str, bytes]) -> Tensor:
         """See ``Modality``."""
-        numbered = sorted(name for name in members if "." in name and self.wants(name))
+        numbered = sorted(
+            (name for name in members if "." in name and self.wants(name)), key=_number
+        )
         if self.frames == 1 and not numbered:
             return self._picture(self.content(members))
         if not numbered:
@@ -83,6 +85,9 @@ class ImageModality(Modality):
     def _picture(self, content: bytes) -> Tensor:
         pixels = _read_jpeg(content) if content[:2] == b"\xff\xd8" else None
         picture = _read_any(content) if pixels is None else Image.fromarray(pixels)
+        if picture.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+            wide = np.asarray(picture, dtype=np.int64).clip(0, 65535)
+            picture = Image.fromarray((wide // 257).astype(np.uint8))
         picture = picture.convert("L" if self.channels == 1 else "RGB")
         if picture.size != (self.width, self.height):
             picture = picture.resize((self.width, self.height), Image.Resampling.BILINEAR)
@@ -142,3 +147,8 @@ def _check_size(width: int, height: int) -> None:
     """Before anything is decoded: a few bytes may claim gigabytes of pixels."""
     if width * height > _MAX_PIXELS:
         raise DecodeError(f"it is not a readable picture ({width} x {height} pixels are too many).")
+
+
+def _number(extension: str) -> int:
+    """Of a frame: 7 for ``007.jpg``."""
+    return int(extension.partition(".")[0])

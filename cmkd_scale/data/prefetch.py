@@ -6,35 +6,37 @@ import contextlib
 import os
 import queue
 import threading
+from collections import OrderedDict
 from types import TracebackType
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cmkd_scale.data.order import Order, rank_positions
 from cmkd_scale.data.storage import LocalDirectory
 from cmkd_scale.data.stream import SampleReader
 
-_AHEAD = 16_384  # positions of the order; of shards of 1,000 samples about 16
+AHEAD = 16_384
+"""Samples, of all ranks; of shards of 1,000 about 16."""
+
 _THREADS = 4
+_REMEMBERED = 1024  # shards; one that is wanted again after so many others is fetched again
 
 
 class Prefetch:
     """Brings remote shards into the local cache ahead of their use; local ones are left alone."""
 
-    def __init__(self, reader: SampleReader, order: Order, rank: int, world_size: int) -> None:
+    def __init__(self, reader: SampleReader) -> None:
         """Fetch nothing yet."""
+        self.useful = not isinstance(reader.manifest.storage, LocalDirectory)
+        """Whether there is anything to fetch."""
         self._reader = reader
-        self._order = order
-        self._share = rank, world_size
-        self._reached = -1
-        self._asked: tuple[int, set[int]] = (-1, set())
-        self._remote = not isinstance(reader.manifest.storage, LocalDirectory)
+        self._asked: OrderedDict[int, None] = OrderedDict()
         self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._done = False
 
     def __enter__(self) -> Prefetch:
         """Start the threads; daemons, since a transfer that hangs must not outlive the program."""
-        for number in range(_THREADS if self._remote else 0):
+        for number in range(_THREADS if self.useful else 0):
             threading.Thread(target=self._work, name=f"prefetch-{number}", daemon=True).start()
         return self
 
@@ -49,22 +51,18 @@ class Prefetch:
         for _ in range(_THREADS):
             self._wanted.put(-1)  # wakes a thread
 
-    def reached(self, start: int, stop: int) -> None:
-        """Reading has reached the samples ``start`` to ``stop`` of the endless sequence."""
-        if not self._remote:
+    def want(self, places: NDArray[np.int64]) -> None:
+        """The samples at ``places`` [n] will be read soon, in that order."""
+        if not self.useful:
             return
-        begin = start if self._reached < 0 else self._reached
-        self._reached = stop + _AHEAD
-        counts = np.array(rank_positions(begin, self._reached, *self._share), dtype=np.int64)
-        shards = np.searchsorted(self._reader.starts, self._order.places(counts), "right") - 1
-        epochs = counts // len(self._order)
-        # In the order of their use, each once an epoch.
-        for epoch, shard in dict.fromkeys(zip(epochs.tolist(), shards.tolist(), strict=True)):
-            if epoch != self._asked[0]:
-                self._asked = (epoch, set())
-            if shard not in self._asked[1]:
-                self._asked[1].add(shard)
+        shards = np.searchsorted(self._reader.starts, places, side="right") - 1
+        for shard in dict.fromkeys(shards.tolist()):
+            if shard not in self._asked:
                 self._wanted.put(shard)
+            self._asked[shard] = None
+            self._asked.move_to_end(shard)
+        while len(self._asked) > _REMEMBERED:
+            self._asked.popitem(last=False)
 
     def _work(self) -> None:
         storage = self._reader.manifest.storage

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import random
 import threading
@@ -17,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from cmkd_scale.data import transport
 from cmkd_scale.data.cache import Partial, ShardCache
+from cmkd_scale.data.damage import DamagedError
 from cmkd_scale.data.remote_address import (
     CREDENTIALS,
     SCHEMES,
@@ -32,9 +34,13 @@ __all__ = ["SCHEMES", "RemoteDirectory", "is_remote"]
 _MIN_CHUNK = 64 << 10
 _MAX_WAIT_SECONDS = 30.0
 _ROUNDS = 50
+_PATIENT_ATTEMPTS = 26  # with pauses of up to 30 s: about ten minutes
+_PARTS = 64  # of the cache, for each of the processes that share it
+_LONG_SECONDS = 4.0
 
 _Result = TypeVar("_Result")
 _lock = threading.Lock()
+_log = logging.getLogger(__name__)
 
 
 def _after_fork() -> None:
@@ -114,12 +120,20 @@ class RemoteDirectory:
         self._timeout = timeout_seconds
         self._backoff = backoff_seconds
         self._chunk = chunk_bytes
+        self.pinned_bytes = cache.limit_bytes // _PARTS
+        """What one reader may keep open, and so in the cache."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "retries": 0}
 
     def __repr__(self) -> str:
         return f"RemoteDirectory({self.address!r})"
+
+    def patient(self) -> RemoteDirectory:
+        """The same, for a run of weeks: an outage of ten minutes does not end it."""
+        patient = copy.copy(self)
+        patient._attempts = _PATIENT_ATTEMPTS
+        return patient
 
     def child(self, name: str) -> RemoteDirectory:
         """A sub-directory.
@@ -157,8 +171,8 @@ class RemoteDirectory:
         Raises:
             UsageError: the name is not a bare one, the server refuses access, or the cache
                 cannot be written.
-            IntegrityError: the file is missing or not what size and digest say, or transfers
-                keep failing.
+            DamagedError: the file is missing or not what size and digest say.
+            IntegrityError: transfers keep failing.
         """
         address = self._address(name)
 
@@ -168,9 +182,10 @@ class RemoteDirectory:
         try:
             return self._cache.open(sha256, size=size, address=address, fetch=fetch)
         except Missing:
-            raise IntegrityError(
+            raise DamagedError(
+                "missing_shard",
                 f"{address} is missing on the server, though the manifest lists it: upload the "
-                "whole directory again."
+                "whole directory again.",
             ) from None
 
     def directories(self) -> list[str]:
@@ -241,7 +256,9 @@ class RemoteDirectory:
                 break
             with _lock:
                 self.retries += 1
-            wait = min(_MAX_WAIT_SECONDS, self._backoff * 2 ** max(0, failures - 1))
+            wait = min(_MAX_WAIT_SECONDS, self._backoff * 2 ** min(30, max(0, failures - 1)))
+            if wait >= _LONG_SECONDS:
+                _log.warning("%s: %s; trying again in %.0f s", address, reason, wait)
             time.sleep(wait * random.uniform(0.5, 1))
         raise IntegrityError(
             f"{address} could not be read: {reason}. {failures} attempts in a row brought nothing: "

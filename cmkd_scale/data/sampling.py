@@ -137,3 +137,28 @@ def choose(
     place_in_class = np.arange(len(by_class)) - starts[labels[by_class]]
     chosen: NDArray[np.int64] = np.sort(by_class[place_in_class < n_per_class])
     return chosen
+
+
+def draw_from(
+    labels: NDArray[np.int32],
+    *,
+    classes: int,
+    sampling: Sampling,
+    which: Labels = "labelled",
+    n_per_class: int | None = None,
+    seed: int = 0,
+) -> Natural | Weighted:
+    """What an epoch holds; see ``choose`` and ``Weighted``.
+
+    Raises:
+        UsageError: classes are to be balanced among samples without labels; see ``choose``.
+    """
+    subset = choose(labels, classes=classes, which=which, n_per_class=n_per_class, seed=seed)
+    name = which if n_per_class is None else f"{n_per_class} a class"
+    if sampling == "natural":
+        return Natural(len(labels), subset, name=name)
+    if which != "labelled":
+        raise UsageError(
+            f"Sampling '{sampling}' goes by labels, and {which} samples are asked for."
+        )
+    return Weighted(subset, labels[subset], sampling=sampling, seed=seed, name=name)

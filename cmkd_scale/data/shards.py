@@ -6,6 +6,7 @@ manifest. ``build.py`` writes it; nothing in here writes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -24,8 +25,9 @@ from cmkd_scale.data.manifest import (
     describe,
     load_manifest,
 )
-from cmkd_scale.data.sample_index import SampleIndex, index_open_tar, read_index
+from cmkd_scale.data.sample_index import SampleIndex, read_index
 from cmkd_scale.data.storage import LocalDirectory
+from cmkd_scale.data.tar_walk import index_open_tar
 from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
 
 __all__ = [
@@ -114,6 +116,8 @@ def map_index(manifest: Manifest, number: int) -> SampleIndex:
         finally:
             os.close(file)
     except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         index = _walk(manifest, record, error)
     reason = contradiction(index, record, manifest)
     if reason:
@@ -126,7 +130,7 @@ def map_index(manifest: Manifest, number: int) -> SampleIndex:
 
 
 UNREADABLE = (
-    IntegrityError,
+    DamagedError,
     OSError,
     ValueError,
     KeyError,
@@ -135,7 +139,7 @@ UNREADABLE = (
     OverflowError,
     RecursionError,
 )
-"""What a file of other content than expected may raise."""
+"""What a file of other content than expected may raise; not what an outage raises."""
 
 
 def _walk(manifest: Manifest, record: ShardRecord, cause: Exception) -> SampleIndex:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ class Storage(Protocol):
     def retries(self) -> int:
         """Transfers that this object had to try again in this process."""
 
+    @property
+    def pinned_bytes(self) -> int | None:
+        """How much of it one reader may keep open, where that takes up room; None: any."""
+
     def open(self, name: str, *, size: int | None, sha256: str) -> int:
         """A descriptor of a file for reading, which the caller closes.
 
@@ -32,6 +37,8 @@ class Storage(Protocol):
 
         Raises:
             DamagedError: it is missing or has another size or digest.
+            IntegrityError: its server cannot be reached.
+            OSError: too many files are open.
         """
 
 
@@ -41,6 +48,7 @@ class LocalDirectory:
 
     path: Path
     retries: int = 0
+    pinned_bytes: int | None = None
 
     @property
     def address(self) -> str:
@@ -53,6 +61,8 @@ class LocalDirectory:
             # Not waiting for a writer, should this be a pipe.
             file = os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # nothing is wrong with the file
             raise DamagedError(
                 "missing_shard",
                 f"{self.path / name} cannot be opened ({error.strerror}); build or copy it again.",

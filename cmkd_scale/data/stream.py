@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import resource
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +19,13 @@ from cmkd_scale.data.damage import DamagedError, Incident
 from cmkd_scale.data.manifest import Manifest
 from cmkd_scale.data.sample_index import SampleIndex
 from cmkd_scale.data.shards import map_index
-from cmkd_scale.errors import IntegrityError
+from cmkd_scale.data.storage import LocalDirectory
+from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.records import UNLABELLED, Sample
 
 _MOST_OPEN = 512  # the order keeps about 200 to 500 shards in use, see order.py
+_DESCRIPTORS = 8192
+_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class SampleReader:
         self.label_index = label_index
         given = range(len(manifest.label_names)) if label_index is None else label_index
         # The last entry is what the stored label -1 finds.
-        self._labels = np.array([*given, UNLABELLED], dtype=np.int32)
+        self._labels = [*given, UNLABELLED]
         counts = [shard.nsamples for shard in manifest.shards]
         self.starts: NDArray[np.int64] = np.cumsum([0, *counts], dtype=np.int64)
         """[S + 1] place of the first sample of each shard, and the number of samples."""
@@ -69,7 +75,8 @@ class SampleReader:
         # What failed once, maybe after many attempts, is not tried again for each sample.
         self._broken: dict[int, DamagedError] = {}
         self._unindexed: dict[int, DamagedError] = {}
-        self._most_open = min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._open_bytes = 0
+        self._most_open = min(_MOST_OPEN, _descriptors() // 4)
 
     def __len__(self) -> int:
         """Number of samples N."""
@@ -80,6 +87,8 @@ class SampleReader:
 
         Raises:
             DamagedError: it cannot be read, or is not what was stored.
+            IntegrityError: its server cannot be reached.
+            UsageError: this program may open too few files.
         """
         return self._read(*self._locate(place))
 
@@ -95,25 +104,31 @@ class SampleReader:
         """Start again with nothing open."""
         self.__init__(**state)  # type: ignore[misc]
 
-    def read(self, places: NDArray[np.int64]) -> Iterator[Sample | DamagedError]:
+    def read(self, places: NDArray[np.int64]) -> list[Sample | DamagedError]:
         """The samples at ``places`` [n] in that order, or why there are none."""
         shards = np.searchsorted(self.starts, places, side="right") - 1
         rows = places - self.starts[shards]
-        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
-            try:
-                yield self._read(shard, row)
-            except DamagedError as error:
-                yield error
+        return list(map(self._try_to_read, shards.tolist(), rows.tolist()))
+
+    def _try_to_read(self, number: int, row: int) -> Sample | DamagedError:
+        try:
+            return self._read(number, row)
+        except DamagedError as error:
+            return error
 
     def labels(self) -> NDArray[np.int32]:
         """[N] labels of all samples; reads the index of every shard.
 
         Raises:
-            DamagedError: an index cannot be read.
+            DamagedError: an index cannot be read, nor made from its shard: which labels that
+                one held cannot be known, so no budget covers it.
         """
-        parts = [map_index(self.manifest, n).labels for n in range(len(self.manifest.shards))]
+        numbers = range(len(self.manifest.shards))
+        remote = not isinstance(self.manifest.storage, LocalDirectory)
+        with ThreadPoolExecutor(_THREADS if remote else 1) as pool:
+            parts = list(pool.map(lambda n: map_index(self.manifest, n).labels, numbers))
         stored = np.concatenate([np.zeros(0, np.int32), *parts])
-        labels: NDArray[np.int32] = self._labels[stored]
+        labels: NDArray[np.int32] = np.array(self._labels, dtype=np.int32)[stored]
         return labels
 
     def key(self, place: int) -> str:
@@ -126,7 +141,7 @@ class SampleReader:
         shard, _ = self._locate(place)
         try:
             key = self.key(place)
-        except DamagedError:
+        except IntegrityError:
             key = f"number {place}"
         name = self.manifest.shards[shard].url
         # A message about the shard as a whole names it already.
@@ -142,7 +157,7 @@ class SampleReader:
     def close(self) -> None:
         """Close the open shards."""
         while self._shards:
-            os.close(self._shards.popitem()[1].file)
+            self._close_oldest()
         self._indexes.clear()
 
     def __del__(self) -> None:
@@ -164,13 +179,12 @@ class SampleReader:
             size = index.size.item(row, column)
             if size >= 0:
                 payload = _read_at(shard.file, index.offset.item(row, column), size)
-                if zlib.crc32(payload) != index.crc32.item(row, column):
+                if crc32(payload) != index.crc32.item(row, column):
                     raise DamagedError(
                         "checksum", f"its {extension} has changed since the shard was built."
                     )
                 members[extension] = payload
-        label = self._labels.item(index.labels.item(row))
-        return Sample(key=index.key(row), label=label, members=members)
+        return Sample(index.key(row), self._labels[index.labels.item(row)], members)
 
     def _index(self, number: int) -> SampleIndex:
         if number in self._shards:
@@ -190,16 +204,11 @@ class SampleReader:
     def _open(self, number: int) -> _Shard:
         if number in self._broken:
             raise self._broken[number]
-        record = self.manifest.shards[number]
         try:
-            index = self._index(number)
-            file = self.manifest.storage.open(
-                record.url, size=record.filesize, sha256=record.sha256
-            )
-        except IntegrityError as error:
-            damaged = error if isinstance(error, DamagedError) else None
-            self._broken[number] = damaged or DamagedError("missing_shard", str(error))
-            raise self._broken[number] from None
+            index, file = self._open_files(number)
+        except DamagedError as error:
+            self._broken[number] = error
+            raise
         wanted = tuple(
             (column, extension)
             for column, extension in enumerate(index.extensions)
@@ -207,9 +216,49 @@ class SampleReader:
         )
         self._indexes.pop(number, None)
         shard = self._shards[number] = _Shard(index, file, wanted)
-        if len(self._shards) > self._most_open:
-            os.close(self._shards.popitem(last=False)[1].file)
+        self._open_bytes += self.manifest.shards[number].filesize
+        pinned = self.manifest.storage.pinned_bytes
+        while len(self._shards) > 1 and (
+            len(self._shards) > self._most_open
+            or (pinned is not None and self._open_bytes > pinned)
+        ):
+            self._close_oldest()
         return shard
+
+    def _open_files(self, number: int) -> tuple[SampleIndex, int]:
+        record = self.manifest.shards[number]
+        while True:
+            try:
+                index = self._index(number)
+                return index, self.manifest.storage.open(
+                    record.url, size=record.filesize, sha256=record.sha256
+                )
+            except OSError as error:
+                # The rest of the program has opened many files: this reader needs fewer.
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._shards:
+                    raise UsageError(
+                        f"{self.manifest.address}/{record.url} cannot be opened "
+                        f"({error.strerror}): raise the limit of open files (ulimit -n)."
+                    ) from None
+                self._most_open = max(1, len(self._shards) // 2)
+                while len(self._shards) > self._most_open:
+                    self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        number, shard = self._shards.popitem(last=False)
+        os.close(shard.file)
+        self._open_bytes -= self.manifest.shards[number].filesize
+
+
+@functools.cache
+def _descriptors() -> int:
+    """How many files this process may open; the limit is raised as far as that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return _DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
 def _read_at(file: int, offset: int, size: int) -> bytes:

@@ -15,8 +15,9 @@ from cmkd_scale.data.manifest import (
     describe,
     load_manifest,
 )
-from cmkd_scale.data.sample_index import SampleIndex, index_tar, read_index
+from cmkd_scale.data.sample_index import SampleIndex, read_index
 from cmkd_scale.data.shards import UNREADABLE, contradiction, find_manifests
+from cmkd_scale.data.tar_walk import index_tar
 from cmkd_scale.errors import CmkdError, IntegrityError, UsageError
 from cmkd_scale.files import file_digest
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import os
 import select
@@ -18,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from typing import TypeVar
 
@@ -67,6 +68,8 @@ def context() -> ForkServerContext:
     """Starts processes like those: for the initialiser of each, see ``bind_to``."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["cmkd_scale.data.loader"])
+    # Starting the tracker, which the server would do, unblocks signals on its way.
+    resource_tracker.ensure_running()
     # The server inherits the mask, and its workers from it; ours is restored at once, and
     # what arrived in between is delivered then.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -105,6 +108,7 @@ def bind_to(trainer: int) -> None:
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # what was imported is never garbage; looking for some in it would copy its pages
     threading.Thread(target=_end_with, args=(trainer,), name="bind", daemon=True).start()
 
 

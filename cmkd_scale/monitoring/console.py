@@ -83,13 +83,16 @@ def counting(title: str, console: Console | None = None) -> Iterator[Callable[[i
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     totals, tenths, begun = [0], [0], time.monotonic()
+    before: list[int] = []
 
     def count(done: int, total: int) -> None:
         totals[0] = total
+        if not before:
+            before.append(done)  # by an earlier part of the work
         tenth, seconds = 10 * done // max(1, total), time.monotonic() - begun
         if tenths[0] < tenth < 10 and seconds > _LONG_SECONDS:
             tenths[0] = tenth
-            eta = duration(seconds * (total - done) / done)
+            eta = duration(seconds * (total - done) / max(1, done - before[0]))
             line = f"{title}: {done:,} of {total:,}, ETA {eta}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 

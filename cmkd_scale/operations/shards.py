@@ -14,7 +14,9 @@ from cmkd_scale.data.labels import LabelReport, compare_labels
 from cmkd_scale.data.locate import open_manifest
 from cmkd_scale.data.manifest import Manifest, load_manifest
 from cmkd_scale.data.modalities import MODALITIES
+from cmkd_scale.data.quality import shared_shards
 from cmkd_scale.data.shards import find_manifests
+from cmkd_scale.data.stream import SampleReader
 from cmkd_scale.data.verify import verify as verify_shards
 from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
 from cmkd_scale.monitoring.console import counting
@@ -139,10 +141,11 @@ def verify(root: Path) -> int:
 
 
 def info(root: Path) -> list[dict[str, Any]]:
-    """Counts, sizes and class histogram of each split below ``root``."""
+    """Counts, sizes, class histogram and quality of the order of each split below ``root``."""
     return [
         {
             **_row(manifest),
+            "shared_shards": shared_shards(SampleReader(manifest).starts),
             "class_counts": dict(zip(manifest.label_names, manifest.class_counts, strict=True)),
             "options": manifest.options,
         }

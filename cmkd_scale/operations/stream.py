@@ -11,8 +11,8 @@ import numpy as np
 
 from cmkd_scale.data.locate import open_manifest
 from cmkd_scale.data.manifest import Manifest
-from cmkd_scale.data.order import Draw, Order, Position
-from cmkd_scale.data.sampling import Labels, Natural, Sampling, Weighted, choose
+from cmkd_scale.data.order import Order, Position
+from cmkd_scale.data.sampling import Labels, Sampling, draw_from
 from cmkd_scale.data.state import check_state, stream_state
 from cmkd_scale.data.stream import SampleReader
 from cmkd_scale.errors import IntegrityError, UsageError
@@ -30,6 +30,7 @@ class StreamOptions:
     seed: int
     sampling: Sampling = "natural"
     samples: Labels = "labelled"
+    n_per_class: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse an impossible rank with ``UsageError``."""
@@ -61,7 +62,15 @@ def stream_keys(
         raise UsageError(f"--stop-after is {stop_after}; it must be 0 or more.")
     manifest = open_manifest(address, split=options.split, modality=options.modality)
     reader = SampleReader(manifest)
-    order = Order(_draw(reader, options), reader.starts, options.seed)
+    draw = draw_from(
+        reader.labels(),
+        classes=len(manifest.label_names),
+        sampling=options.sampling,
+        which=options.samples,
+        n_per_class=options.n_per_class,
+        seed=options.seed,
+    )
+    order = Order(draw, reader.starts, options.seed)
     start = Position(0, 0) if state is None else _read_state(state, order, manifest)
     reached = len(order)
     if stop_after is not None:
@@ -83,22 +92,6 @@ def stream_keys(
 
 
 _POSITIONS_AT_ONCE = 65_536
-
-
-def _draw(reader: SampleReader, options: StreamOptions) -> Draw:
-    labels = reader.labels()
-    subset = choose(labels, classes=len(reader.manifest.label_names), which=options.samples)
-    if options.sampling == "natural":
-        return Natural(len(labels), subset, name=options.samples)
-    if options.samples != "labelled":
-        raise UsageError(f"--sampling {options.sampling} goes by labels: use --samples labelled.")
-    return Weighted(
-        subset,
-        labels[subset],
-        sampling=options.sampling,
-        seed=options.seed,
-        name=options.samples,
-    )
 
 
 def _read_state(path: Path, order: Order, manifest: Manifest) -> Position:

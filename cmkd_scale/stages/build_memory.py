@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config, with_changes
+from cmkd_scale.data.damage import Quarantine
 from cmkd_scale.data.order import mix64
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.files import read_json
@@ -31,7 +32,7 @@ from cmkd_scale.stages.common import (
 )
 from cmkd_scale.stages.evaluate import infer
 from cmkd_scale.stages.runs import open_run, write_results
-from cmkd_scale.stages.streams import SplitData
+from cmkd_scale.stages.streams import SplitData, open_quarantine
 
 
 def memory(config: Config) -> dict[str, Any]:
@@ -65,8 +66,18 @@ def memory(config: Config) -> dict[str, Any]:
     data = open_split_for(trained, config, config.data.train_split)
     held_out = open_split_for(trained, config, config.data.validation_split)
     directory = open_run(config, "memory")
+    fraction = config.data.max_bad_fraction
+    skipped = open_quarantine(directory, data, fraction, len(data.labelled()))
+    skipped_held_out = open_quarantine(directory, held_out, fraction, len(held_out.labelled()))
     with _one_thread():
-        samples = _pass_over(trained, data, held_out, config, engine.device)
+        samples = _pass_over(
+            trained,
+            data,
+            held_out,
+            config,
+            engine.device,
+            quarantines=(skipped, skipped_held_out),
+        )
         result = build_memory(
             samples,
             class_names=trained.spec.label_names,
@@ -84,8 +95,6 @@ def memory(config: Config) -> dict[str, Any]:
                 "manifest": data.reader.manifest.digest,
             },
         )
-    skipped = len(data.labelled()) - int(result.class_count.sum())
-    data.refuse_too_many(skipped)
     file = directory / FILE_NAME
     digest = _save_on_main(result, file)
     return write_results(
@@ -95,7 +104,11 @@ def memory(config: Config) -> dict[str, Any]:
         began=began,
         method=None,
         steps=None,
-        metrics={**_measures(result), "memory/skipped": skipped},
+        metrics={
+            **_measures(result),
+            "memory/skipped": len(skipped),
+            "memory/skipped_held_out": len(skipped_held_out),
+        },
         memory_digest=digest,
         memory_file=str(file),
         empty_classes=[
@@ -160,20 +173,39 @@ def _pass_over(
     held_out: SplitData,
     config: Config,
     device: torch.device,
+    *,
+    quarantines: tuple[Quarantine, Quarantine],
 ) -> TeacherSamples:
-    """This rank's share of the teacher's pass over its data."""
+    """This rank's share of the teacher's pass over its data; a collective call.
+
+    Raises:
+        IntegrityError: more samples of a split are damaged than ``data.max_bad_fraction`` allows.
+    """
     model = trained.model.to(device)
     classes = len(data.label_names)
     with _progress(f"samples of {data.reader.manifest.name} through the teacher") as advance:
         places, labels, features, logits = infer(
-            model, data, device, batch_size=config.memory.batch_size, progress=advance
+            model,
+            data,
+            device,
+            quarantine=quarantines[0],
+            batch_size=config.memory.batch_size,
+            progress=advance,
         )
+    quarantines[0].share(data.reader)
     moments = Moments(classes, features.shape[1])
     moments.update(features, labels)
     kept = torch.from_numpy(
         np.isin(places.numpy(), _sample_of_each_class(data, config.memory.max_samples_per_class))
     )
-    _, truth, _, scores = infer(model, held_out, device, batch_size=config.memory.batch_size)
+    _, truth, _, scores = infer(
+        model,
+        held_out,
+        device,
+        quarantine=quarantines[1],
+        batch_size=config.memory.batch_size,
+    )
+    quarantines[1].share(held_out.reader)
     risk = Moments(classes, 1)
     cross_entropy = functional.cross_entropy(scores.double(), truth, reduction="none")
     risk.update(cross_entropy.unsqueeze(1), truth)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config
+from cmkd_scale.data.damage import Quarantine
 from cmkd_scale.data.loader import ordered_batches
 from cmkd_scale.memory.sync import gather_sorted
 from cmkd_scale.models.model import Model
@@ -25,7 +26,7 @@ from cmkd_scale.stages.common import (
     start_engine,
 )
 from cmkd_scale.stages.runs import write_file, write_results
-from cmkd_scale.stages.streams import SplitData
+from cmkd_scale.stages.streams import SplitData, open_quarantine
 
 _BATCH_SIZE = 128
 
@@ -65,6 +66,7 @@ def infer(
     data: SplitData,
     device: torch.device,
     *,
+    quarantine: Quarantine,
     batch_size: int = _BATCH_SIZE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,7 +86,7 @@ def infer(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         workers=data.workers,
-        quarantine=data.quarantine(),
+        quarantine=quarantine,
     )
     total, done = len(labelled), 0
     for where, batch in batches:
@@ -120,12 +122,15 @@ def evaluate_model(
         data: the split.
         device: where to compute.
         directory: where rank 0 writes ``predictions.safetensors``.
+
+    Raises:
+        IntegrityError: more of the samples are damaged than ``data.max_bad_fraction`` allows.
     """
     model.to(device)
-    places, labels, features, logits = infer(model, data, device)
+    quarantine = open_quarantine(directory, data, data.max_bad_fraction, len(data.labelled()))
+    places, labels, features, logits = infer(model, data, device, quarantine=quarantine)
+    quarantine.share(data.reader)
     places, labels, features, logits = gather_sorted(places, labels, features, logits)
-    skipped = len(data.labelled()) - len(labels)
-    data.refuse_too_many(skipped)
     predictions = logits.argmax(1)
     correct = (predictions == labels).numpy()
     tensors = {"labels": labels, "predictions": predictions, "features": features}
@@ -143,5 +148,5 @@ def evaluate_model(
         "test/cross_entropy": float(functional.cross_entropy(logits.double(), labels)),
         "test/per_class_accuracy": per_class,
         "test/samples": len(labels),
-        "test/skipped": skipped,
+        "test/skipped": len(quarantine),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config
-from cmkd_scale.data.damage import Incident, Quarantine
+from cmkd_scale.data.damage import Incident, Quarantine, allowance
 from cmkd_scale.data.labels import LabelMap, compare_labels
 from cmkd_scale.data.loader import TrainLoader
 from cmkd_scale.data.locate import open_manifest
 from cmkd_scale.data.modalities import MODALITIES, Modality
 from cmkd_scale.data.order import Draw, Order
-from cmkd_scale.data.sampling import Natural, Weighted, choose
+from cmkd_scale.data.sampling import choose, draw_from
 from cmkd_scale.data.shards import lost_shards
 from cmkd_scale.data.stream import SampleReader
 from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
@@ -48,24 +48,6 @@ class SplitData:
         """Places of all labelled samples."""
         return choose(self.labels, classes=len(self.label_names))
 
-    def quarantine(self) -> Quarantine:
-        """For this rank's part of a pass over the split."""
-        return Quarantine(len(self.labelled()), max_bad_fraction=self.max_bad_fraction)
-
-    def refuse_too_many(self, skipped: int) -> None:
-        """Judge a pass of all ranks, each of which has left out no more than it may alone.
-
-        Raises:
-            IntegrityError: together they have left out more than allowed.
-        """
-        if skipped > self.quarantine().allowed:
-            raise IntegrityError(
-                f"{skipped} of {len(self.labelled())} samples of {self.reader.manifest.address} "
-                f"are damaged, and data.max_bad_fraction={self.max_bad_fraction:g} allows "
-                f"{self.quarantine().allowed}. Run `cmkd shards verify` on it, and build or copy "
-                "it again."
-            )
-
 
 def open_split(config: Config, split: str) -> SplitData:
     """Open a split of the run's shards; a collective call, since it may build them.
@@ -83,6 +65,12 @@ def open_split(config: Config, split: str) -> SplitData:
         cache_limit_bytes=config.data.cache_limit_bytes,
     )
     modality = make_modality(manifest.modality, config.data.transform)
+    # The first 15 hexadecimal digits fit the integers that ranks exchange.
+    if len(set(distributed.gather_integers(int(manifest.digest[:15], 16)))) > 1:
+        raise UsageError(
+            f"The processes find different data at {config.data.shards}; give all machines the "
+            "same shards."
+        )
     label_map = LabelMap.make(manifest.label_names, config.data.label_map)
     reader = SampleReader(manifest, modality.wants, label_map.index)
     _refuse_losses(reader, config.data.max_bad_fraction)
@@ -102,7 +90,7 @@ def _refuse_losses(reader: SampleReader, max_bad_fraction: float) -> None:
     for number, error in lost_shards(reader.manifest):
         _log.warning("%s", error)
         missing += reader.manifest.shards[number].nsamples
-        if missing > int(max_bad_fraction * samples):
+        if missing > allowance(max_bad_fraction, samples):
             raise IntegrityError(
                 f"{error} Without it, {missing} of {samples} samples are missing, more than "
                 f"data.max_bad_fraction={max_bad_fraction:g} allows."
@@ -130,12 +118,14 @@ def make_modality(name: str, transform: Mapping[str, float | int]) -> Modality:
     return kind(**transform)
 
 
-def make_train_loader(config: Config, data: SplitData, quarantine: Quarantine) -> TrainLoader:
-    """This rank's endless training batches."""
+def make_train_loader(config: Config, data: SplitData, directory: Path) -> TrainLoader:
+    """This rank's endless training batches, for the run in ``directory``."""
+    draw = make_draw(config, data)
+    quarantine = open_quarantine(directory, data, config.data.max_bad_fraction, draw.samples)
     return TrainLoader(
         data.reader,
         data.modality,
-        Order(make_draw(config, data), data.reader.starts, config.run.seed),
+        Order(draw, data.reader.starts, config.run.seed),
         global_batch_size=config.train.global_batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -148,13 +138,12 @@ def make_train_loader(config: Config, data: SplitData, quarantine: Quarantine) -
 
 def make_draw(config: Config, data: SplitData) -> Draw:
     """What an epoch of training holds."""
-    per_class, seed = config.data.n_per_class, config.run.seed
-    subset = choose(data.labels, classes=len(data.label_names), n_per_class=per_class, seed=seed)
-    name = "labelled" if per_class is None else f"{per_class} a class"
-    if config.data.sampling == "natural":
-        return Natural(len(data.labels), subset, name=name)
-    return Weighted(
-        subset, data.labels[subset], sampling=config.data.sampling, seed=seed, name=name
+    return draw_from(
+        data.labels,
+        classes=len(data.label_names),
+        sampling=config.data.sampling,
+        n_per_class=config.data.n_per_class,
+        seed=config.run.seed,
     )
 
 
@@ -184,34 +173,47 @@ def compare_streams(
             _log.info("%s", line)
 
 
-def open_quarantine(directory: Path, data: SplitData, config: Config) -> Quarantine:
-    """For training: what earlier parts of the run have left out counts, too.
+def open_quarantine(
+    directory: Path, data: SplitData, max_bad_fraction: float, samples: int
+) -> Quarantine:
+    """For a pass over ``samples`` of a split; what earlier parts of the run left out counts, too.
 
-    Rank 0 writes ``quarantine.jsonl``: shard, key and reason of each damaged sample.
+    Rank 0 writes ``quarantine.jsonl``: data, shard, key and reason of each damaged sample.
+
+    Raises:
+        IntegrityError: the run has met more than allowed before.
     """
-    path = directory / QUARANTINE
-    known = _places(path)
+    path, name = directory / QUARANTINE, data.reader.manifest.name
+    known = _places(path, name)
     distributed.barrier()  # before rank 0 may add to what others are reading
 
     def record(incident: Incident) -> None:
         if distributed.is_main():
-            with path.open("a") as file:
-                file.write(incident.to_json() + "\n")
+            line = json.dumps({"data": name, **asdict(incident)})
+            try:
+                with path.open("a") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise UsageError(f"{path} cannot be written: {error}. Free space.") from None
 
-    return Quarantine(
-        len(data.labelled()),
-        max_bad_fraction=config.data.max_bad_fraction,
-        record=record,
-        known=known,
-    )
+    quarantine = Quarantine(samples, max_bad_fraction=max_bad_fraction, record=record, known=known)
+    try:
+        quarantine.check()
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"{error} They are listed in {path}: remove it once the shards are mended."
+        ) from None
+    return quarantine
 
 
-def _places(path: Path) -> list[int]:
-    """Of the samples in a ``quarantine.jsonl``; a last line that was cut short is left out."""
+def _places(path: Path, name: str) -> list[int]:
+    """Of the samples of one split in a ``quarantine.jsonl``; lines cut short are left out."""
     places = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            places.append(int(json.loads(line)["place"]))
+            about = json.loads(line)
+            if about["data"] == name:
+                places.append(int(about["place"]))
         except (ValueError, KeyError, TypeError):
             _log.warning("%s: a line that is no record of a sample is passed over", path)
     return places

@@ -25,7 +25,6 @@ from cmkd_scale.stages.streams import (
     SplitData,
     compare_streams,
     make_train_loader,
-    open_quarantine,
     open_split,
 )
 from cmkd_scale.training.checkpoint import load_newest
@@ -130,7 +129,7 @@ def _make_trainer(
     )
     return Trainer(
         engine,
-        make_train_loader(config, data, open_quarantine(directory, data, config)),
+        make_train_loader(config, data, directory),
         config.train,
         checkpoints=directory / "checkpoints",
         seed=config.run.seed,

@@ -168,6 +168,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint from rank 0; all ranks wait until it is complete."""
         begun = time.perf_counter()
+        self._exchange()  # what a checkpoint has passed must be on record
         distributed.run_on_main(self._write)
         self._pending["checkpoint_seconds"] = time.perf_counter() - begun
 
@@ -197,6 +198,10 @@ class Trainer:
                 "again in a new run directory."
             )
 
+    def _exchange(self) -> None:
+        for name, value in self.loader.exchange().items():
+            self._pending[name] = self._pending.get(name, 0.0) + value
+
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
@@ -219,7 +224,7 @@ class Trainer:
         values.update({name: float(value) for name, value in measures.items()})
         values["samples_seen"] = float(self.step * self.config.global_batch_size)
         values["epoch_progress"] = self.loader.epoch_progress()
-        values.update(self.loader.exchange())
+        self._exchange()
         values.update(clock.lap(self.config.global_batch_size))
         values["eta_seconds"] = values["step_seconds"] * (self.config.steps - self.step)
         # What happened between two logged steps is reported with the later one.

@@ -105,5 +105,9 @@ def test_what_cannot_be_adopted_is_said(directory: Path) -> None:
     attempt()
     with pytest.raises(UsageError, match="has a manifest"):
         attempt()
+    (directory / "manifest.json").unlink()
+    write(directory / "a b.tar", range(99, 100))
+    with pytest.raises(UsageError, match=r"'a b\.tar'.*rename it"):
+        attempt()
     with pytest.raises(UsageError, match="no shards"):
         adopt(directory / "nowhere", name="x", modality="text", split="train")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
 import pytest
@@ -37,13 +36,14 @@ def test_the_run_ends_at_the_first_distinct_sample_too_many(
     seen: list[Incident] = []
     quarantine = Quarantine(100, max_bad_fraction=allowed / 100, record=seen.append)
     for count, place in enumerate(places, start=1):
-        before = set(places[: count - 1])
-        if place not in before and len(before) == allowed:
-            with pytest.raises(IntegrityError):
-                quarantine.add(incident(place))
-            return
         quarantine.add(incident(place))
-        assert len(quarantine) == len(set(places[:count]))
+        distinct = set(places[:count])
+        if len(distinct) > allowed:
+            with pytest.raises(IntegrityError):
+                quarantine.check()
+        else:
+            quarantine.check()
+        assert len(quarantine) == len(distinct)
         assert quarantine.met == {"checksum": count}
         assert [one.place for one in seen] == list(dict.fromkeys(places[:count]))
 
@@ -51,8 +51,10 @@ def test_the_run_ends_at_the_first_distinct_sample_too_many(
 def test_the_error_names_sample_count_budget_and_remedy() -> None:
     quarantine = Quarantine(1000, max_bad_fraction=0.001)
     quarantine.add(incident(1))
+    quarantine.check()
+    quarantine.add(incident(2))
     with pytest.raises(IntegrityError) as caught:
-        quarantine.add(incident(2))
+        quarantine.check()
     assert caught.value.exit_code == EXIT_INTEGRITY
     for part in ("key-2", "2 of 1000 samples", "max_bad_fraction=0.001 allows 1", "shards verify"):
         assert part in str(caught.value)
@@ -61,8 +63,9 @@ def test_the_error_names_sample_count_budget_and_remedy() -> None:
 def test_without_a_budget_the_first_sample_ends_the_run_and_is_recorded() -> None:
     seen: list[Incident] = []
     quarantine = Quarantine(1000, max_bad_fraction=0, record=seen.append)
+    quarantine.add(incident(7))
     with pytest.raises(IntegrityError, match="allows 0"):
-        quarantine.add(incident(7))
+        quarantine.check()
     assert seen == [incident(7)]
 
 
@@ -92,32 +95,34 @@ def test_what_an_earlier_part_of_the_run_recorded_counts_and_is_not_recorded_aga
     quarantine.add(incident(2))
     quarantine.add(incident(3))
     assert seen == [incident(3)]
+    quarantine.check()
+    quarantine.add(incident(4))
     with pytest.raises(IntegrityError, match="4 of 100"):
-        quarantine.add(incident(4))
+        quarantine.check()
 
 
-def test_what_other_processes_met_is_taken_in_once() -> None:
+def test_a_run_that_had_met_too_many_does_not_forget_it() -> None:
+    with pytest.raises(IntegrityError, match="1 of 100"):
+        Quarantine(100, max_bad_fraction=0, known=[1]).check()
+
+
+class Names:
+    """Stands in for a reader, whose shards would say the same."""
+
+    def incident(self, place: int, error: DamagedError) -> Incident:
+        return incident(place, error.reason)
+
+
+def test_alone_there_is_nobody_to_share_with() -> None:
     seen: list[Incident] = []
-    quarantine = Quarantine(100, max_bad_fraction=0.03, record=seen.append)
+    quarantine = Quarantine(100, max_bad_fraction=0.01, record=seen.append)
     quarantine.add(incident(1))
-    quarantine.merge([incident(1), incident(2), incident(2)])
-    quarantine.merge([incident(2)])
-    assert [one.place for one in seen] == [1, 2]
-    assert quarantine.met == {"checksum": 1}  # this process left out one
-    with pytest.raises(IntegrityError, match="key-4"):
-        quarantine.merge([incident(3), incident(4)])
-
-
-def test_an_incident_is_one_line_of_json() -> None:
-    line = incident(3, "undecodable").to_json()
-    assert "\n" not in line
-    assert json.loads(line) == {
-        "shard": "shard-000000.tar",
-        "key": "key-3",
-        "reason": "undecodable",
-        "place": 3,
-        "message": "Sample key-3 has changed.",
-    }
+    quarantine.share(Names())
+    quarantine.share(Names())
+    assert seen == [incident(1)]
+    quarantine.add(incident(2))
+    with pytest.raises(IntegrityError, match=r"key-2.*2 of 100"):
+        quarantine.share(Names())
 
 
 @pytest.mark.parametrize("reason", REASONS)

@@ -13,9 +13,10 @@ import pytest
 from cmkd_scale.data.adopt import adopt
 from cmkd_scale.data.damage import REASONS, DamagedError, Quarantine
 from cmkd_scale.data.manifest import Manifest, load_manifest
-from cmkd_scale.data.sample_index import index_bytes, index_tar
+from cmkd_scale.data.sample_index import index_bytes
 from cmkd_scale.data.shards import lost_shards
 from cmkd_scale.data.stream import SampleReader
+from cmkd_scale.data.tar_walk import index_tar
 from cmkd_scale.data.verify import verify
 from cmkd_scale.errors import CmkdError, IntegrityError, UsageError
 from tests.data.forged_members import FORGED, PICKLE

@@ -135,7 +135,13 @@ def test_evaluation_gives_each_sample_once_in_batches_that_do_not_depend_on_rank
 
     def share(rank: int, world_size: int) -> list[tuple[str, ...]]:
         batches = ordered_batches(
-            reader, TextModality(), places, batch_size=8, rank=rank, world_size=world_size
+            reader,
+            TextModality(),
+            places,
+            batch_size=8,
+            rank=rank,
+            world_size=world_size,
+            quarantine=Quarantine(0, max_bad_fraction=0),
         )
         return [batch.keys for _, batch in batches]
 
@@ -265,6 +271,35 @@ def test_a_rank_without_a_part_is_refused(reader: SampleReader) -> None:
         make(reader, batch=2, world_size=3)
 
 
+FEW_FILES = """
+import os, resource, sys
+from pathlib import Path
+import numpy as np
+from cmkd_scale.data.manifest import load_manifest
+from cmkd_scale.data.stream import SampleReader
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+reader = SampleReader(load_manifest(Path(sys.argv[1])))
+others = [open(os.devnull) for _ in range(int(sys.argv[2]))]  # what a trainer has open beside it
+samples = reader.read(np.random.default_rng(0).permutation(len(reader)))
+damaged = [sample for sample in samples if isinstance(sample, Exception)]
+print(len(samples), len(damaged))
+"""
+
+
+@pytest.mark.parametrize("others", [0, 75])
+def test_a_low_limit_of_open_files_damages_nothing(tmp_path: Path, others: int) -> None:
+    manifest = build_toy(tmp_path, count=200, per_shard=1)
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, manifest.directory, str(others)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["200", "0"]
+
+
 PARENT = """
 import itertools, os, sys, time
 from pathlib import Path
@@ -276,6 +311,10 @@ if __name__ == "__main__":
     batches = make(SampleReader(load_manifest(Path(sys.argv[1]))), workers=2).batches()
     next(batches)
     print("ready", flush=True)
+    sys.stdin.readline()
+    for _ in range(20):
+        next(batches)
+    print("still reading", flush=True)
     time.sleep(600)
 """
 
@@ -284,7 +323,7 @@ if __name__ == "__main__":
 def test_a_program_that_fails_while_it_reads_ends_at_once(tmp_path: Path) -> None:
     manifest = build_toy(tmp_path)
     program = tmp_path / "parent.py"
-    program.write_text(PARENT.replace("time.sleep(600)", "sys.exit(3)"))
+    program.write_text(PARENT.replace("sys.stdin.readline()", "sys.exit(3)"))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     # The timeout is no measure: without the cure it waits for its workers for ever.
     done = subprocess.run(
@@ -301,10 +340,12 @@ def test_workers_outlive_signals_and_die_with_their_parent(tmp_path: Path) -> No
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         [sys.executable, program, manifest.directory],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
         start_new_session=True,
     ) as parent:
+        assert parent.stdin is not None
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"ready\n"
         started = psutil.Process(parent.pid).children(recursive=True)
@@ -313,7 +354,10 @@ def test_workers_outlive_signals_and_die_with_their_parent(tmp_path: Path) -> No
         for worker in workers:
             worker.send_signal(signal.SIGTERM)
             worker.send_signal(signal.SIGUSR1)
-        assert all(worker.is_running() for worker in workers)
+        parent.stdin.write(b"go on\n")
+        parent.stdin.flush()
+        assert parent.stdout.readline() == b"still reading\n"
+        assert all(worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
         parent.kill()
         _, alive = psutil.wait_procs(workers, timeout=60)
         assert not alive, "they outlived their parent"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmkd_scale.data.damage import Incident, Quarantine
+from cmkd_scale.data.damage import DamagedError, Incident, Quarantine
 from cmkd_scale.data.loader import TrainLoader
 from cmkd_scale.data.locate import open_manifest
 from cmkd_scale.data.manifest import Manifest
@@ -163,3 +163,24 @@ def test_a_cache_smaller_than_the_data_gives_the_same_stream(
     list(reader.read(np.array([59])))
     kept = sum(path.stat().st_size for path in (own_cache / "shards").iterdir())
     assert kept <= 2 * toy.shards[0].filesize
+
+
+def test_an_outage_is_no_damage(web: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = open_manifest(f"{web.url}/data/text/train", split="train")
+    for name, value in (("_attempts", 2), ("_backoff", 0.001)):
+        monkeypatch.setattr(manifest.storage, name, value)
+    reader = SampleReader(manifest)
+    web.script(*[Fault("status", status=500)] * 20)
+    with pytest.raises(IntegrityError, match=r"shard-0000.*could not be read") as caught:
+        reader.read(np.arange(60))
+    assert not isinstance(caught.value, DamagedError)
+    web.script()
+    assert not [sample for sample in reader.read(np.arange(60)) if isinstance(sample, Exception)]
+
+
+def test_a_reader_keeps_little_of_a_cache_open(toy: Manifest, web: FaultyServer) -> None:
+    room = 64 * 2 * toy.shards[0].filesize  # one reader may keep a 64th: two shards
+    manifest = open_manifest(f"{web.url}/data/text/train", split="train", cache_limit_bytes=room)
+    reader = SampleReader(manifest)
+    reader.read(np.random.default_rng(0).permutation(60))
+    assert len(reader._shards) == 2

@@ -556,3 +556,20 @@ def test_wav_bytes_is_a_wave_file_of_the_samples() -> None:
         assert file.getparams()[:4] == (1, 2, 8000, 5)
         pcm = np.frombuffer(file.readframes(5), "<i2")
     assert pcm.tolist() == [0, 16384, -16384, 32767, -32768]
+
+
+def test_frames_are_ordered_by_number_not_by_letter() -> None:
+    members = {
+        f"{number}.png": png(np.full((4, 4), 20 * number, dtype=np.uint8)) for number in range(12)
+    }
+    modality = ImageModality(height=4, width=4, frames=2)
+    shades = (modality.decode(members).mean(dim=(1, 2, 3)) + 1) * 127.5
+    assert shades.round().tolist() == [60, 180]
+
+
+def test_pictures_of_16_bits_keep_their_greys() -> None:
+    wide = np.full((4, 4), 40000, dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(wide).save(buffer, "PNG")
+    picture = ImageModality(height=4, width=4).decode({"png": buffer.getvalue()})
+    assert float(picture.mean()) == pytest.approx(40000 / 65535 * 2 - 1, abs=0.01)

@@ -48,16 +48,19 @@ def test_a_run_goes_on_without_damaged_samples_and_says_so(
     run = tmp_path / "run"
     lenient = {"max_bad_fraction": 0.05}  # 3 of 60, 1 of 30
     results = teacher(own_story.config(run, data=lenient), console=False)
-    assert {line["key"] for line in quarantined(run)} == {"toy-train-000007", "toy-train-000008"}
+    keys = {"toy-train-000007", "toy-train-000008", "toy-test-000003"}
+    assert {line["key"] for line in quarantined(run)} == keys
     assert {line["reason"] for line in quarantined(run)} == {"checksum"}
     assert sum(line.get("samples_skipped/checksum", 0) for line in logged(run)) >= 4  # 2 epochs
     assert results["metrics"]["test/samples"] == 29
     assert results["metrics"]["test/skipped"] == 1
+    damage(own_story, "validation", 4)
     built = memory(
         own_story.config(tmp_path / "memory", data=lenient, teacher={"run": str(own_story.teacher)})
     )
     assert built["metrics"]["memory/samples"] == 58
     assert built["metrics"]["memory/skipped"] == 2
+    assert built["metrics"]["memory/skipped_held_out"] == 1
 
 
 def test_a_continued_run_knows_what_was_left_out_before(own_story: Story, tmp_path: Path) -> None:
@@ -66,12 +69,24 @@ def test_a_continued_run_knows_what_was_left_out_before(own_story: Story, tmp_pa
     config = own_story.config(run, data={"max_bad_fraction": 0.05})  # 3 of 60
     teacher(config, console=False)
     before = quarantined(run)
+    assert sorted(line["place"] for line in before) == [7, 8]
     for path in (run / "checkpoints").glob("step_00000012"):
         shutil.rmtree(path)  # so that it continues at step 8
     damage(own_story, "train", *range(20, 60))
     with pytest.raises(IntegrityError, match="4 of 60"):  # counted over both parts of the run
         teacher(config, console=False)
     assert quarantined(run)[:2] == before
+
+
+def test_a_run_that_ended_for_damage_ends_again(own_story: Story, tmp_path: Path) -> None:
+    damage(own_story, "train", 7)
+    run = tmp_path / "run"
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match="1 of 60"):
+            teacher(own_story.config(run), console=False)
+    assert len(quarantined(run)) == 1
+    # It goes on when that is allowed, which makes no other run of it.
+    teacher(own_story.config(run, data={"max_bad_fraction": 0.05}), console=False)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

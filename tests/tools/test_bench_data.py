@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cmkd_scale.data.quality import same_shard
 from tests.conftest import REPOSITORY
 from tools.bench import shuffle
 from tools.bench._data_libraries import READERS, Stored
@@ -68,14 +69,14 @@ def test_shuffle_measures_agree_with_counting_pairs() -> None:
             pairs += len(others)
             same += int((others * 16 // 2048 == batch[i] * 16 // 2048).sum())
             near += int((abs(position[others] - position[batch[i]]) <= shuffle.BATCH).sum())
-    assert shuffle.same_shard(data, first) == pytest.approx(same / pairs)
+    assert same_shard(shuffle.batches(data, first)) == pytest.approx(same / pairs)
     assert shuffle.met_again(data, first, second) == pytest.approx(near / pairs)
 
 
 def test_an_unshuffled_order_is_as_bad_as_can_be() -> None:
     data = shuffle.Stored(1 << 14, 16)  # four batches a shard
     stored = np.arange(1 << 14)
-    assert shuffle.same_shard(data, stored) == 1.0
+    assert same_shard(shuffle.batches(data, stored)) == 1.0
     assert shuffle.met_again(data, stored, stored) == 1.0
     assert shuffle.class_distance(data, stored) == pytest.approx(15 / 16)
     assert shuffle.shards_in_use(data, stored) == 1.0

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmkd_scale.data.order import POOL, Order
+from cmkd_scale.data.quality import same_shard
 from cmkd_scale.data.sampling import Natural
 
 BATCH, BUFFER = 256, 10_000
@@ -98,18 +99,9 @@ def uniform(data: Stored, seed: int) -> Epoch:
     return lambda number: np.random.default_rng([seed, number]).permutation(data.samples)
 
 
-def _batches(data: Stored, order: Ints) -> Ints:
+def batches(data: Stored, order: Ints) -> Ints:
     """[batches, BATCH] shard, or class, of each sample of the full batches."""
     return data.shard(order[: len(order) // BATCH * BATCH]).reshape(-1, BATCH)
-
-
-def same_shard(data: Stored, order: Ints) -> float:
-    """Chance that two samples of a batch are of one shard."""
-    pairs = 0
-    for row in _batches(data, order):
-        counts = np.bincount(row)
-        pairs += int((counts * (counts - 1)).sum())
-    return pairs / (len(order) // BATCH * BATCH * (BATCH - 1))
 
 
 def class_distance(data: Stored, order: Ints) -> float:
@@ -117,7 +109,7 @@ def class_distance(data: Stored, order: Ints) -> float:
     whole = np.diff(data.starts) / data.samples
     distances = [
         np.abs(np.bincount(row, minlength=data.shards) / BATCH - whole).sum() / 2
-        for row in _batches(data, order)
+        for row in batches(data, order)
     ]
     return float(np.mean(distances))
 
@@ -154,7 +146,7 @@ def measure(data: Stored, orders: dict[str, Epoch]) -> dict[str, dict[str, float
         first, second = epoch(0), epoch(1)
         seconds = time.process_time() - begin
         found = {
-            "same shard": same_shard(data, first),
+            "same shard": same_shard(batches(data, first)),
             "class distance": class_distance(data, first),
             "met again": met_again(data, first, second),
         }
