@@ -16,6 +16,7 @@ import numpy as np
 from cmkd_scale.errors import UsageError, did_you_mean
 
 _NAMES_SHOWN = 8
+_SMALL_SHIFT = 0.1  # total variation
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,11 @@ class LabelReport:
     """sum p log(p / q) over the shared classes, p of here and q of there, in nats."""
     largest_ratio: float
     """Of a class's share here to its share there, or the inverse: 1 where there is no shift."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether all classes are in both, and their shares nearly equal."""
+        return not self.only_here and not self.only_there and self.total_variation <= _SMALL_SHIFT
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cmkd_scale.data.array import read_array
@@ -20,7 +22,10 @@ _MAX_ELEMENTS = 50_000_000
 
 @dataclass(frozen=True)
 class FeaturesModality(Modality):
-    """Vectors in ``.npy`` files, [dim] or one for each moment [T, dim]: [frames, dim] float32."""
+    """Vectors in ``.npy`` files, [dim] or one for each moment [T, dim]: [frames, dim] float32.
+
+    Without an ``.npy`` member, a ``.json`` one that is such an array of numbers is read.
+    """
 
     dim: int = 512
     """Numbers in a vector."""
@@ -31,7 +36,7 @@ class FeaturesModality(Modality):
     drop: float = 0.1
     """Augmenting probability of each number to become 0; the others grow by 1 / (1 - drop)."""
 
-    extensions: ClassVar[tuple[str, ...]] = ("npy",)
+    extensions: ClassVar[tuple[str, ...]] = ("npy", "json")
     positive: ClassVar[frozenset[str]] = frozenset({"dim", "frames"})
 
     def __post_init__(self) -> None:
@@ -49,7 +54,8 @@ class FeaturesModality(Modality):
         """See ``Modality``."""
         content = self.content(members)
         try:
-            array = read_array(content, _MAX_ELEMENTS)
+            is_npy = "npy" in members
+            array = read_array(content, _MAX_ELEMENTS) if is_npy else _read_json(content)
         except ValueError as error:
             raise DecodeError(f"it is {error}.") from None
         if not 1 <= array.ndim <= 2 or array.shape[-1] != self.dim or not array.size:
@@ -77,3 +83,14 @@ class FeaturesModality(Modality):
         if self.noise:
             inputs = inputs + noise_like(self.noise, inputs, rng) * inputs.std(unbiased=False)
         return inputs * kept / (1.0 - self.drop)
+
+
+def _read_json(content: bytes) -> NDArray[np.generic]:
+    """The array of numbers that a JSON text is; ValueError if it is something else."""
+    try:
+        array = np.array(json.loads(content))
+    except (ValueError, RecursionError, OverflowError):
+        array = np.array("")
+    if array.dtype.kind not in "if":
+        raise ValueError("a JSON text of something else than an array of numbers")
+    return array

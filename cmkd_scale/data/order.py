@@ -10,10 +10,13 @@ Up to ``POOL`` samples, an epoch is one uniform permutation. A larger epoch is r
 is drawn for the epoch, lie one after the other and are cut into equal lanes; each lane is
 read block by block, and each block in an order of its own. So
 
-- neighbours in the stream come from different lanes, hence from different shards;
-- at any time a sample is drawn from LANES blocks (about 98,000 samples);
-- only the shards under those blocks are open, and each is visited once an epoch;
-- a world size that divides LANES gives each rank lanes, and so shards, of its own;
+- neighbours in the stream come from different lanes, hence mostly from different shards;
+- a sample is drawn from LANES blocks, 98,304 samples (fewer where shards hold fewer than 256,
+  so that not too many of them are open: a block is then four shards long);
+- only the shards under those blocks are in use, some 200 to 500, and each is visited once an
+  epoch, but for those that a border of lanes cuts;
+- a world size that divides LANES, and the batch, gives each rank lanes of its own, and so
+  shards of its own;
 - memory is a few dozen bytes for each thousand samples, and any position is found at once.
 """
 

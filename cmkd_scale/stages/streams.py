@@ -148,11 +148,17 @@ def make_draw(config: Config, data: SplitData) -> Draw:
 
 
 def compare_streams(
-    config: Config, data: SplitData, memory: PrototypeMemory | None, directory: Path
+    config: Config,
+    data: SplitData,
+    memory: PrototypeMemory | None,
+    directory: Path,
+    *,
+    say: bool = True,
 ) -> None:
     """Before training: what the student's labels and the memory's have in common.
 
-    Rank 0 says it and writes ``labels.json``. Without a memory there is nothing to compare.
+    Rank 0 writes ``labels.json`` and says it; without ``say``, only what does not fit. Without
+    a memory there is nothing to compare.
     """
     if memory is None:
         return
@@ -169,8 +175,9 @@ def compare_streams(
     )
     if distributed.is_main():
         write_json(directory / LABELS, report.to_json())
-        for line in report.lines():
-            _log.info("%s", line)
+        if say or not report.fits:
+            for line in report.lines():
+                _log.info("%s", line)
 
 
 def open_quarantine(

@@ -66,7 +66,7 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
     directory = open_run(config, recipe.stage)
     spec = make_spec(config, data, recipe.feature_dim)
     trainer = _make_trainer(config, recipe, engine, data, spec, directory)
-    compare_streams(config, data, recipe.memory, directory)
+    compare_streams(config, data, recipe.memory, directory, say=console)
     found = load_newest(directory / "checkpoints")
     if found is not None:
         trainer.resume(found[0])

@@ -120,3 +120,19 @@ def test_noise_is_in_units_of_the_vectors_own_deviation() -> None:
     inputs = torch.linspace(-30, 50, 100_000)[None]
     noise = modality.augment(inputs, np.random.default_rng(0)) - inputs
     assert float(noise.std()) == pytest.approx(0.5 * float(inputs.std()), rel=0.02)
+
+
+def test_numbers_in_json_are_features_too() -> None:
+    modality = FeaturesModality(dim=3)
+    assert modality.decode({"json": b"[1, 2.5, -3]"}).tolist() == [[1.0, 2.5, -3.0]]
+    assert modality.decode({"json": b"[[1, 1, 1], [3, 3, 3]]"}).tolist() == [[2.0, 2.0, 2.0]]
+    for wrong in (
+        b"{}",
+        b'["1", "2", "3"]',
+        b"[1, 2]",
+        b"[1, [2], 3]",
+        b"[" * 5000,
+        b"[NaN, 1, 1]",
+    ):
+        with pytest.raises(DecodeError):
+            modality.decode({"json": wrong})
