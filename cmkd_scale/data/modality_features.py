@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json import loads
 from typing import ClassVar
 
 import numpy as np
@@ -22,15 +22,14 @@ _MAX_ELEMENTS = 50_000_000
 
 @dataclass(frozen=True)
 class FeaturesModality(Modality):
-    """Vectors in ``.npy`` files, [dim] or one for each moment [T, dim]: [frames, dim] float32.
-
-    Without an ``.npy`` member, a ``.json`` one that is such an array of numbers is read.
-    """
+    """Vectors in ``.npy`` files, [dim] or one for each moment [T, dim]: [frames, dim] float32."""
 
     dim: int = 512
     """Numbers in a vector."""
     frames: int = 1
     """Parts of equal length that the moments are averaged over."""
+    json: int = 0
+    """1 reads the array of numbers in the ``.json`` member instead."""
     noise: float = 0.0
     """Standard deviation of augmenting noise, in units of the vector's own."""
     drop: float = 0.1
@@ -50,12 +49,18 @@ class FeaturesModality(Modality):
         """(frames, dim)."""
         return (self.frames, self.dim)
 
+    def wants(self, extension: str) -> bool:
+        """One of both: the ``.json`` beside an ``.npy`` says where it comes from."""
+        return extension == ("json" if self.json else "npy")
+
     def decode(self, members: Mapping[str, bytes]) -> Tensor:
         """See ``Modality``."""
-        content = self.content(members)
+        extension = "json" if self.json else "npy"
+        if extension not in members:
+            raise DecodeError(f"it holds no {extension}.")
+        content = members[extension]
         try:
-            is_npy = "npy" in members
-            array = read_array(content, _MAX_ELEMENTS) if is_npy else _read_json(content)
+            array = _read_json(content) if self.json else read_array(content, _MAX_ELEMENTS)
         except ValueError as error:
             raise DecodeError(f"it is {error}.") from None
         if not 1 <= array.ndim <= 2 or array.shape[-1] != self.dim or not array.size:
@@ -88,7 +93,7 @@ class FeaturesModality(Modality):
 def _read_json(content: bytes) -> NDArray[np.generic]:
     """The array of numbers that a JSON text is; ValueError if it is something else."""
     try:
-        array = np.array(json.loads(content))
+        array = np.array(loads(content))
     except (ValueError, RecursionError, OverflowError):
         array = np.array("")
     if array.dtype.kind not in "if":

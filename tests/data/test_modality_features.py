@@ -123,7 +123,7 @@ def test_noise_is_in_units_of_the_vectors_own_deviation() -> None:
 
 
 def test_numbers_in_json_are_features_too() -> None:
-    modality = FeaturesModality(dim=3)
+    modality = FeaturesModality(dim=3, json=1)
     assert modality.decode({"json": b"[1, 2.5, -3]"}).tolist() == [[1.0, 2.5, -3.0]]
     assert modality.decode({"json": b"[[1, 1, 1], [3, 3, 3]]"}).tolist() == [[2.0, 2.0, 2.0]]
     for wrong in (
