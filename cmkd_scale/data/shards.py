@@ -6,7 +6,6 @@ manifest. ``build.py`` writes it; nothing in here writes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -26,7 +25,7 @@ from cmkd_scale.data.manifest import (
     load_manifest,
 )
 from cmkd_scale.data.sample_index import SampleIndex, read_index
-from cmkd_scale.data.storage import LocalDirectory
+from cmkd_scale.data.storage import TOO_MANY_FILES, LocalDirectory
 from cmkd_scale.data.tar_walk import index_open_tar
 from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
 
@@ -116,7 +115,7 @@ def map_index(manifest: Manifest, number: int) -> SampleIndex:
         finally:
             os.close(file)
     except UNREADABLE as error:
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        if isinstance(error, OSError) and error.errno in TOO_MANY_FILES:
             raise
         index = _walk(manifest, record, error)
     reason = contradiction(index, record, manifest)

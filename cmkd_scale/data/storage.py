@@ -11,6 +11,9 @@ from typing import Protocol
 
 from cmkd_scale.data.damage import DamagedError
 
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+"""Error numbers that say nothing about the file itself."""
+
 
 class Storage(Protocol):
     """The directory of a split. Can be sent to other processes."""
@@ -61,8 +64,8 @@ class LocalDirectory:
             # Not waiting for a writer, should this be a pipe.
             file = os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise  # nothing is wrong with the file
+            if error.errno in TOO_MANY_FILES:
+                raise
             raise DamagedError(
                 "missing_shard",
                 f"{self.path / name} cannot be opened ({error.strerror}); build or copy it again.",

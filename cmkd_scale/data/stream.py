@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import resource
@@ -19,12 +18,12 @@ from cmkd_scale.data.damage import DamagedError, Incident
 from cmkd_scale.data.manifest import Manifest
 from cmkd_scale.data.sample_index import SampleIndex
 from cmkd_scale.data.shards import map_index
-from cmkd_scale.data.storage import LocalDirectory
+from cmkd_scale.data.storage import TOO_MANY_FILES, LocalDirectory
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.records import UNLABELLED, Sample
 
 _MOST_OPEN = 512  # the order keeps about 200 to 500 shards in use, see order.py
-_DESCRIPTORS = 8192
+_DESCRIPTORS = 8192  # asked of the system; a reader takes a quarter of what it gets at most
 _THREADS = 16
 
 
@@ -235,7 +234,7 @@ class SampleReader:
                 )
             except OSError as error:
                 # The rest of the program has opened many files: this reader needs fewer.
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._shards:
+                if error.errno not in TOO_MANY_FILES or not self._shards:
                     raise UsageError(
                         f"{self.manifest.address}/{record.url} cannot be opened "
                         f"({error.strerror}): raise the limit of open files (ulimit -n)."

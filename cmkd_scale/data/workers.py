@@ -1,9 +1,10 @@
 """Processes that decode ahead of training.
 
 They are forked from a server that has imported this package once and holds nothing else, so
-they start in milliseconds, share its memory, and know nothing of the trainer's threads,
-which a fork of the trainer itself could deadlock on. Signals to the whole group leave them
-alone, since the trainer still needs its data to reach a checkpoint; they die with it.
+they start in some 65 ms (the server itself in 3 s), share its memory, and know nothing of the
+trainer's threads, which a fork of the trainer itself could deadlock on. Signals to the whole
+group leave them alone, since the trainer still needs its data to reach a checkpoint; they die
+with it.
 """
 
 from __future__ import annotations

@@ -65,8 +65,7 @@ def open_split(config: Config, split: str) -> SplitData:
         cache_limit_bytes=config.data.cache_limit_bytes,
     )
     modality = make_modality(manifest.modality, config.data.transform)
-    # The first 15 hexadecimal digits fit the integers that ranks exchange.
-    if len(set(distributed.gather_integers(int(manifest.digest[:15], 16)))) > 1:
+    if not distributed.same_digest(manifest.digest):
         raise UsageError(
             f"The processes find different data at {config.data.shards}; give all machines the "
             "same shards."

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, behind one that can spoil its answers."""
+"""What tests of the data room share: a real S3 server, and splits to be damaged."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.data.fuzz_checks import little_room
+from tests.data.fuzz_splits import FuzzSplit, make_splits
 from tests.data.servers import FaultyServer, forwarded, serving
 
 
@@ -42,3 +44,16 @@ def s3(
     with serving(forwarded(moto)) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         yield server
+
+
+@pytest.fixture(scope="session")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> list[FuzzSplit]:
+    """One split of each modality; who damages one works on copies of its files."""
+    return make_splits(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.fixture
+def limit(splits: list[FuzzSplit]) -> Iterator[None]:
+    """Little memory, so that a bomb fails a test."""
+    with little_room():
+        yield

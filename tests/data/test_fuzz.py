@@ -7,7 +7,6 @@ it, so it is known exactly which samples must still be read and which must be re
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,29 +24,18 @@ from tests.data.fuzz_checks import (
     check_samples,
     check_strict_training,
     example,
-    little_room,
     same_content,
 )
 from tests.data.fuzz_splits import (
     PER_SHARD,
     SAMPLES,
     FuzzSplit,
-    make_splits,
     random_of,
 )
 from tests.data.mutations import CHANGES, damaged
 from tests.data.tar_mutations import Files
 
-
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory: pytest.TempPathFactory) -> list[FuzzSplit]:
-    return make_splits(tmp_path_factory.mktemp("fuzz"))
-
-
-@pytest.fixture(autouse=True)
-def limit(splits: list[FuzzSplit]) -> Iterator[None]:
-    with little_room():
-        yield
+pytestmark = pytest.mark.usefixtures("limit")
 
 
 def check_damage(split: FuzzSplit, files: Files) -> None:

@@ -18,27 +18,16 @@ from cmkd_scale.errors import (
 )
 from tests.data.fuzz_checks import (
     example,
-    little_room,
     same_content,
 )
 from tests.data.fuzz_splits import (
     FuzzSplit,
-    make_splits,
     random_of,
 )
 from tests.data.mutations import CHANGES, FORGERIES, damaged, restate
 from tests.data.tar_mutations import Files
 
-
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory: pytest.TempPathFactory) -> list[FuzzSplit]:
-    return make_splits(tmp_path_factory.mktemp("fuzz"))
-
-
-@pytest.fixture(autouse=True)
-def limit(splits: list[FuzzSplit]) -> Iterator[None]:
-    with little_room():
-        yield
+pytestmark = pytest.mark.usefixtures("limit")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,27 +24,16 @@ from tests.data.fuzz_checks import (
     check_strict_training,
     example,
     first_batch,
-    little_room,
 )
 from tests.data.fuzz_splits import (
     READERS,
     SAMPLES,
     FuzzSplit,
-    make_splits,
     random_of,
 )
 from tests.data.mutations import FORGERIES, damaged, restate
 
-
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory: pytest.TempPathFactory) -> list[FuzzSplit]:
-    return make_splits(tmp_path_factory.mktemp("fuzz"))
-
-
-@pytest.fixture(autouse=True)
-def limit(splits: list[FuzzSplit]) -> Iterator[None]:
-    with little_room():
-        yield
+pytestmark = pytest.mark.usefixtures("limit")
 
 
 def check_forgery(split: FuzzSplit) -> None:
