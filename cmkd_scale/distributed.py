@@ -71,6 +71,73 @@ def gather_rows(rows: Tensor) -> Tensor:
     return whole.to(rows.device)
 
 
+def exchange_rows(rows: Tensor, owner: Tensor) -> Tensor:
+    """Send each row to the rank that owns it; a collective call.
+
+    Args:
+        rows: [n, ...] of this rank, contiguous or not; n may differ and be 0.
+        owner: [n] int64 rank that each row goes to.
+
+    Returns:
+        The rows of all ranks that this rank owns, in the order of ranks, then of their rows.
+    """
+    if world_size() == 1:
+        return rows
+    counts = torch.bincount(owner, minlength=world_size())
+    arriving = torch.stack(_all_gather(counts))[:, rank()].tolist()
+    leaving = _on_wire(rows[torch.argsort(owner, stable=True)])
+    arrived = leaving.new_empty((sum(arriving), *rows.shape[1:]))
+    dist.all_to_all_single(arrived, leaving, arriving, counts.tolist())
+    return arrived.to(rows.device)
+
+
+class Pending:
+    """A collective under way, which began before work that it need not wait for."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
+        """Take what the collective writes into; without ``work`` it is there already."""
+        self._result = result
+        self._work = work
+        self.bytes_on_wire = 0.0
+        """What this rank sends, by the formula of the ring algorithm."""
+
+    def wait(self) -> Tensor:
+        """The result, once it is there."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
+
+
+def start_all_reduce_sum(tensor: Tensor) -> Pending:
+    """Begin to sum ``tensor`` over ranks; it must not be touched before ``wait``.
+
+    A ring sends ``2 (W - 1) / W`` times the tensor.
+    """
+    if world_size() == 1 or tensor.numel() == 0:
+        return Pending(tensor)
+    wire = _on_wire(tensor)
+    pending = Pending(wire, dist.all_reduce(wire, async_op=True))
+    ranks = world_size()
+    pending.bytes_on_wire = 2 * (ranks - 1) / ranks * wire.numel() * wire.element_size()
+    return pending
+
+
+def start_gather(tensor: Tensor) -> Pending:
+    """Begin to gather tensors of one shape: the result is [W, ...], in the order of ranks.
+
+    A ring sends ``W - 1`` times the tensor.
+    """
+    if world_size() == 1:
+        return Pending(tensor.unsqueeze(0))
+    wire = _on_wire(tensor)
+    gathered = wire.new_empty((world_size(), *wire.shape))
+    work = dist.all_gather(list(gathered.unbind(0)), wire, async_op=True)
+    pending = Pending(gathered, work)
+    pending.bytes_on_wire = (world_size() - 1) * wire.numel() * wire.element_size()
+    return pending
+
+
 def gather_integers(value: int) -> list[int]:
     """The ``value`` of each rank, in rank order, on every rank."""
     if world_size() == 1:

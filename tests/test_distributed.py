@@ -68,3 +68,11 @@ def test_a_configured_world_size_is_enforced(monkeypatch: pytest.MonkeyPatch) ->
     distributed.check_world(seen_by_trainer=1, configured=1)
     with pytest.raises(UsageError, match=r"run\.world_size"):
         distributed.check_world(seen_by_trainer=1, configured=4)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_exchanges_and_collectives_under_way(launch: Launch, processes: int) -> None:
+    script = SCRIPT.with_name("async_collectives.py")
+    done = launch(script, processes=processes)
+    assert done.stdout.count("async collectives right") == processes
