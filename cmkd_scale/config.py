@@ -33,7 +33,12 @@ from cmkd_scale.files import write_atomically
 _SHAPES_NO_RESULT: dict[str, Any] = {
     "run": {"dir", "world_size"},
     "data": {"workers", "cache_bytes", "cache_limit_bytes", "max_bad_fraction"},
-    "train": {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints"},
+    "train": {
+        "check_ranks_every_steps",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+    },
     "monitor": True,
 }
 """Keys that may change when a run is continued."""

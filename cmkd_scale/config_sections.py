@@ -86,16 +86,22 @@ class TeacherConfig(Section):
 class MemoryConfig(Section):
     """The prototype memory."""
 
-    run: Path | None = None
-    """Run directory of ``cmkd memory`` (or its ``memory.safetensors``) that a student uses."""
+    run: Path | list[Path] | None = None
+    """Run directory of ``cmkd memory`` (or its ``memory.safetensors``) that a student uses; a
+    list of them for several teachers, whose knowledge of each class is averaged."""
     prototypes_per_class: int | None = Field(None, ge=1)
     """Prototypes a class; unset: about the square root of the class's count, at most 64."""
     max_samples_per_class: int = Field(4096, ge=1)
-    """Samples a class that k-means sees, chosen by a hash of their place."""
+    """Samples a class that are clustered, chosen by a hash of their key; moments are of all."""
+    covariance_rank: int = Field(4, ge=0)
+    """Leading directions of each class's covariance that are kept beside its diagonal."""
     temperature: float = Field(4.0, gt=0)
     """Temperature of the teacher's soft labels."""
     batch_size: int = Field(128, ge=1)
     """Samples in a forward pass of the frozen teacher."""
+    previous: Path | None = None
+    """Memory (or run) of the same teacher before it was trained further: prototypes go one pass
+    of k-means on from there and keep their order, instead of being found anew."""
 
 
 class MethodConfig(Section):
@@ -108,12 +114,42 @@ class MethodConfig(Section):
     """Teacher replaced by one with permuted classes, or by an untrained one: a null control."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Weight of a loss component by name, instead of the method's own."""
+    transport: Literal["class_masked", "soft_label", "label_free"] = "class_masked"
+    """Where a sample's mass may go: to prototypes of its class; to any, at a price for those
+    whose soft label does not expect its class; to any, by features alone."""
+    cost: Literal["euclidean", "squared_euclidean"] = "euclidean"
+    """Ground cost of the transport, in units of the memory's cost scale."""
+    label_cost: float = Field(1.0, ge=0)
+    """Price of a nat of the soft label, in units of the median cost (``soft_label`` only)."""
+    reweight: bool = True
+    """Let target masses follow the student's class marginal instead of the teacher's."""
     epsilon_start: float = Field(0.1, gt=0)
     """Entropic regularisation at step 0, in units of the median cost."""
     epsilon_end: float = Field(0.02, gt=0)
     """Entropic regularisation at the end, reached geometrically half-way."""
     potential_rate: float = Field(0.1, gt=0)
     """Step size of the transport potentials."""
+    potential_optimizer: Literal["sgd", "averaged", "adam"] = "sgd"
+    """How potentials ascend: plain steps, plain steps of which the average is used, Adam."""
+    mass_relaxation: float | None = Field(None, gt=0)
+    """rho of the unbalanced problem, in units of the median cost; unset: masses are kept."""
+    debias: bool = False
+    """Subtract the student's transport to itself (Sinkhorn divergence), through the ring."""
+    search_candidates: int | None = Field(None, ge=1)
+    """Prototypes that a FAISS search finds for each sample (``label_free`` with the squared cost
+    only); unset: all are looked at."""
+    search_least_mass: float = Field(0.9, ge=0, le=1)
+    """Share of the plan that the candidates must hold; below it, all are looked at."""
+    search_refresh_steps: int = Field(100, ge=1)
+    """Steps between two checks of the search, at which it takes up the potentials."""
+    ring_size: int = Field(2048, ge=0)
+    """Newest student features of all ranks that are kept."""
+    moments_decay: float = Field(0.99, gt=0, le=1)
+    """Weight that the student's class moments keep at each step."""
+    refresh_every_steps: int = Field(0, ge=0)
+    """Steps between two refreshes of the potentials from the ring; 0: none."""
+    refresh_iterations: int = Field(5, ge=1)
+    """Steps of dual ascent in a refresh."""
 
 
 class TrainConfig(Section):
@@ -133,6 +169,8 @@ class TrainConfig(Section):
     """Largest norm of the whole gradient."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Autocast of the forward pass; losses are computed in float32 always."""
+    check_ranks_every_steps: int = Field(100, ge=1)
+    """Steps between two checks that all ranks hold the same memory, potentials and statistics."""
     log_every_steps: int = Field(10, ge=1)
     """Steps between two lines of ``metrics.jsonl``."""
     checkpoint_every_steps: int = Field(100, ge=1)

@@ -207,7 +207,12 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "shard damaged": (damage_shard, ["shards", "verify", "{root}/shards"], 42, "shard-000000"),
     "nothing to verify": (nothing, ["shards", "verify", "{root}/memory"], 2, "no shards"),
     "no common label": (rename_classes, STUDENT, 2, "no class name in common"),
-    "feature widths": (nothing, [*STUDENT, "model.feature_dim=32"], 2, "model.feature_dim=8"),
+    "search without its cost": (
+        nothing,
+        [*STUDENT, "method.transport=label_free", "method.search_candidates=8"],
+        2,
+        "method.cost=squared_euclidean",
+    ),
     "memory absent": (nothing, [*STUDENT, "memory.run={root}/no"], 2, "cmkd memory"),
     "memory damaged": (damage_memory, STUDENT, 42, "own digest"),
     "memory unset": (nothing, [*STUDENT, "memory.run=null"], 2, "memory.run"),

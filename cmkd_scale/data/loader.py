@@ -6,7 +6,7 @@ number of them; evaluation batches give every sample exactly once over all ranks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -227,9 +227,29 @@ def ordered_batches(
         places[start : start + batch_size]
         for start in range(rank * batch_size, len(places), batch_size * world_size)
     ]
+    for left, batch in explicit_batches(
+        reader, modality, parts, quarantine=quarantine, workers=workers
+    ):
+        if batch is not None:
+            yield left, batch
+
+
+def explicit_batches(
+    reader: SampleReader,
+    modality: Modality,
+    parts: Sequence[NDArray[np.int64]],
+    *,
+    quarantine: Quarantine,
+    workers: int = 0,
+) -> Iterator[tuple[NDArray[np.int64], Batch | None]]:
+    """The samples at each of ``parts`` as a batch, or None if all are damaged; no augmentation.
+
+    Yields the places that are left with each: damaged samples are left out and given to
+    ``quarantine``, which the caller asks afterwards what to think of it.
+    """
 
     def requests() -> Iterator[Request]:
-        ahead = -(-AHEAD // batch_size)
+        ahead = -(-AHEAD // max(1, max(map(len, parts), default=1)))
         with Prefetch(reader) as prefetch:
             for number, part in enumerate(parts):
                 soon = parts[: ahead + 1] if number == 0 else parts[number + ahead :][:1]
@@ -242,5 +262,5 @@ def ordered_batches(
             raise delivery
         for _, incident in delivery.damaged:
             quarantine.add(incident)
-        if delivery.keys:
-            yield np.delete(part, [row for row, _ in delivery.damaged]), delivery.batch()
+        left = np.delete(part, [row for row, _ in delivery.damaged])
+        yield left, delivery.batch() if delivery.keys else None

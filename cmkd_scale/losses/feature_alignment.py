@@ -5,15 +5,21 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def transport_cost(cost: Tensor, plan: Tensor, known: Tensor) -> Tensor:
+def transport_cost(transported: Tensor, share: Tensor) -> Tensor:
     """Mean transported cost ``sum_j p_ij c_ij`` over the batch, in units of the cost scale.
 
-    The plan is a constant: the gradient is the semi-dual's by the envelope theorem.
+    Args:
+        transported: [B] cost of each sample, with the envelope gradient (``global_transport``).
+        share: [B] weight of each sample; those of classes that the memory lacks add nothing.
+    """
+    return (transported * share).mean()
+
+
+def gaussian_distance(bures: Tensor, share: Tensor) -> Tensor:
+    """Mean squared Gaussian distance of the batch's classes (``class_bures``).
 
     Args:
-        cost: [B, K] distance of each sample to each prototype of its class.
-        plan: [B, K] share of the sample sent there, without gradient.
-        known: [B] bool; samples of classes that the memory lacks add nothing.
+        bures: [B] distance of each sample's class, with gradient.
+        share: [B] weight of each sample.
     """
-    per_sample = (plan * cost.float()).sum(1)
-    return (per_sample * known).mean()
+    return (bures * share).mean()

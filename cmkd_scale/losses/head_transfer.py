@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def head_pull(head_weight: Tensor, teacher_head_weight: Tensor, shared_classes: Tensor) -> Tensor:
+def head_pull(head_weight: Tensor, teacher_head_weight: Tensor, class_share: Tensor) -> Tensor:
     """Squared distance of the student's head to the teacher's, a mean over shared classes.
 
     L2-SP (Li et al. 2018, "Explicit Inductive Bias for Transfer Learning with Convolutional
@@ -13,8 +13,9 @@ def head_pull(head_weight: Tensor, teacher_head_weight: Tensor, shared_classes: 
 
     Args:
         head_weight: [C, D] the student's.
-        teacher_head_weight: [C, D] the frozen teacher's, rows of zeros where unknown.
-        shared_classes: [C] bool.
+        teacher_head_weight: [C, D] the frozen teacher's, in the student's feature space; rows
+            of zeros where unknown.
+        class_share: [C] weight of each class, which sums to 1.
     """
     gap = (head_weight.float() - teacher_head_weight).square().sum(1)
-    return (gap * shared_classes).sum() / shared_classes.sum()
+    return (gap * class_share).sum()

@@ -14,7 +14,7 @@ from torch.nn import functional
 _EXCLUDED = -1e4
 
 
-def teacher_head_cross_entropy(teacher_logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+def teacher_head_cross_entropy(teacher_logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
     """Cross-entropy of the frozen teacher head read on student features, in nats.
 
     The gradient flows through the head into the features: they must become features that
@@ -24,14 +24,14 @@ def teacher_head_cross_entropy(teacher_logits: Tensor, labels: Tensor, known: Te
         teacher_logits: [B, C] the teacher's head on the student's features; columns of
             classes that it lacks hold a large negative number.
         labels: [B] int64.
-        known: [B] bool; samples of classes that the memory lacks add nothing.
+        share: [B] weight of each sample; those of classes that the memory lacks add nothing.
     """
     loss = functional.cross_entropy(teacher_logits.float(), labels, reduction="none")
-    return torch.where(known, loss, 0.0).mean()
+    return (loss * share).mean()
 
 
 def soft_label_divergence(
-    logits: Tensor, soft_labels: Tensor, known: Tensor, shared_classes: Tensor, temperature: float
+    logits: Tensor, soft_labels: Tensor, share: Tensor, shared_classes: Tensor, temperature: float
 ) -> Tensor:
     """``T^2 KL(q || softmax(logits / T))`` over the classes both sides know.
 
@@ -41,14 +41,14 @@ def soft_label_divergence(
     Args:
         logits: [B, C]
         soft_labels: [B, C] teacher's probabilities at ``temperature``, zero where unknown.
-        known: [B] bool; samples of classes that the memory lacks add nothing.
+        share: [B] weight of each sample; those of classes that the memory lacks add nothing.
         shared_classes: [C] bool, classes that both sides know.
         temperature: T.
     """
     scores = exclude_classes(logits.float(), shared_classes)
     log_p = functional.log_softmax(scores / temperature, dim=1)
     divergence = (torch.xlogy(soft_labels, soft_labels) - soft_labels * log_p).sum(1)
-    return temperature**2 * torch.where(known, divergence, 0.0).mean()
+    return temperature**2 * (divergence * share).mean()
 
 
 def exclude_classes(logits: Tensor, shared_classes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The prototype memory as an artifact: fields, save, load, digest, provenance, controls.
+"""The prototype memory as an artifact: fields, save, load, digest, provenance.
 
 A memory is what remains of a frozen teacher after one pass over its modality: a few MB
 with which a student is aligned to the teacher's class-conditional feature distribution
@@ -7,22 +7,24 @@ without the teacher and without its data. Stored as safetensors; nothing is unpi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from cmkd_scale.errors import IntegrityError, UsageError
-from cmkd_scale.files import write_atomically
+from cmkd_scale.files import sync
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "memory.safetensors"
 
 
@@ -37,16 +39,26 @@ class PrototypeMemory:
     """[J] int64 class of each prototype."""
     prototype_mass: Tensor
     """[J] share of its class's samples; sums to 1 within a class."""
-    soft_labels: Tensor
-    """[J, C] mean teacher probability of each prototype's samples at ``temperature``."""
+    soft_label_values: Tensor
+    """[J, k] mean teacher probability at ``temperature`` of the prototype's samples, of its k
+    likeliest classes (of all, in their order, when k is C); see ``soft_labels``."""
+    soft_label_classes: Tensor
+    """[J, k] int32 those classes."""
+    soft_label_rest: Tensor
+    """[J] probability of every class that is not among them."""
     radius: Tensor
     """[J] mean distance of a prototype's samples to it."""
     class_mean: Tensor
     """[C, D] mean feature."""
     class_variance: Tensor
     """[C, D] variance of each feature."""
+    class_factor: Tensor
+    """[C, R, D] leading directions F of the covariance, each as long as the standard deviation
+    along it: covariance = F^T F + what ``class_variance`` leaves on the diagonal."""
     class_count: Tensor
     """[C] int64 samples seen; 0 for a class the teacher's data lacks."""
+    class_kept: Tensor
+    """[C] int64 of them, those that were clustered."""
     class_risk: Tensor
     """[C] cross-entropy in nats of the teacher on held-out samples; NaN where there are none."""
     head_weight: Tensor
@@ -80,12 +92,42 @@ class PrototypeMemory:
         hasher.update(json.dumps(header).encode())
         for name, tensor in sorted(self.tensors().items()):
             hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            hasher.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            # Bytes as they lie: a copy of the largest table would be a gigabyte.
+            hasher.update(
+                tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data
+            )
         return hasher.hexdigest()
+
+
+def thin_classes(memory: PrototypeMemory) -> dict[str, dict[str, Any]]:
+    """Classes of which there is little to know: how many, and the names of the first ten.
+
+    A class with one sample has one prototype, a radius of 0 and no covariance. A prototype
+    stands for two samples at least, so a class with fewer has fewer prototypes than were
+    asked for (``prototypes_per_class`` in the provenance).
+    """
+    kept, wanted = memory.class_kept, memory.provenance.get("prototypes_per_class") or 1
+    chosen = {
+        "without_samples": kept == 0,
+        "with_one_sample": kept == 1,
+        "with_fewer_prototypes": (kept > 0) & (kept < 2 * int(wanted)),
+    }
+    return {
+        name: {
+            "count": int(flags.sum()),
+            "first": [memory.class_names[label] for label in flags.nonzero()[:10, 0]],
+        }
+        for name, flags in chosen.items()
+    }
 
 
 def memory_bytes(memory: PrototypeMemory) -> bytes:
     """The content of a memory's file."""
+    tensors, metadata = _content(memory)
+    return save(tensors, metadata=metadata)
+
+
+def _content(memory: PrototypeMemory) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "class_names": json.dumps(memory.class_names),
@@ -94,7 +136,7 @@ def memory_bytes(memory: PrototypeMemory) -> bytes:
         "provenance": json.dumps(dict(memory.provenance), sort_keys=True),
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in memory.tensors().items()}
-    return save(tensors, metadata=metadata)
+    return tensors, metadata
 
 
 def save_memory(memory: PrototypeMemory, path: Path) -> str:
@@ -103,14 +145,22 @@ def save_memory(memory: PrototypeMemory, path: Path) -> str:
     Raises:
         UsageError: the file cannot be written.
     """
+    tensors, metadata = _content(memory)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, memory_bytes(memory))
-    except OSError as error:
+        # Straight from the tensors: their bytes in memory once more may be gigabytes.
+        save_file(tensors, temporary, metadata=metadata)
+        sync(temporary)
+        os.rename(temporary, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UsageError(
             f"The memory {path} cannot be written: {error}. Free space or choose another run.dir."
         ) from None
-    return memory.digest()
+    return metadata["digest"]
 
 
 def load_memory(path: Path) -> PrototypeMemory:
@@ -131,6 +181,12 @@ def load_memory(path: Path) -> PrototypeMemory:
             metadata = archive.metadata() or {}
             names = {f.name for f in fields(PrototypeMemory)}
             tensors = {key: archive.get_tensor(key) for key in names & set(archive.keys())}
+        version = int(metadata["format_version"])
+        if version != FORMAT_VERSION:
+            raise IntegrityError(
+                f"{file} has format {version}, and this version of the program reads "
+                f"{FORMAT_VERSION}. Build it again with `cmkd memory`."
+            )
         memory = PrototypeMemory(
             class_names=tuple(json.loads(metadata["class_names"])),
             temperature=float(json.loads(metadata["temperature"])),
@@ -148,116 +204,3 @@ def load_memory(path: Path) -> PrototypeMemory:
             "written. Copy it again from its origin or build it again with `cmkd memory`."
         )
     return memory
-
-
-def permuted_teacher(memory: PrototypeMemory, seed: int) -> PrototypeMemory:
-    """The null control "is it the teacher's knowledge?": every class takes another's name.
-
-    The permutation is one random cycle, so no class keeps its own statistics.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(memory.class_names), generator=generator).tolist()
-    names = list(memory.class_names)
-    for place, following in zip(order, order[1:] + order[:1], strict=True):
-        names[place] = memory.class_names[following]
-    return replace(memory, class_names=tuple(names))
-
-
-def random_teacher(memory: PrototypeMemory, seed: int) -> PrototypeMemory:
-    """The null control of an untrained teacher: random class centres and a random head.
-
-    Scales are kept (spread of the class means, offsets within a class, norm of the head),
-    so that only the knowledge is gone. Soft labels are what that head says of its
-    prototypes.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    centre = memory.class_mean.mean(0)
-    spread = memory.class_mean.std(0, correction=0).clamp(min=1e-6)
-    noise = torch.randn(memory.class_mean.shape, generator=generator)
-    class_mean = centre + noise * spread
-    moved = class_mean - memory.class_mean
-    prototypes = memory.prototypes + moved[memory.prototype_class]
-    weight = torch.randn(memory.head_weight.shape, generator=generator)
-    weight = weight * (memory.head_weight.norm() / weight.norm())
-    logits = prototypes @ weight.T + memory.head_bias
-    return replace(
-        memory,
-        prototypes=prototypes,
-        class_mean=class_mean,
-        head_weight=weight,
-        soft_labels=torch.softmax(logits / memory.temperature, dim=1),
-    )
-
-
-def apply_control(memory: PrototypeMemory, control: str, seed: int) -> PrototypeMemory:
-    """The memory itself (``none``) or its null control (``permuted``, ``random``)."""
-    if control == "permuted":
-        return permuted_teacher(memory, seed)
-    if control == "random":
-        return random_teacher(memory, seed)
-    return memory
-
-
-def align_to_student(memory: PrototypeMemory, student_names: Sequence[str]) -> PrototypeMemory:
-    """Bring a memory into a student's classes and their order; names are all that joins them.
-
-    Classes that only the teacher knows are dropped and soft labels renormalised over the
-    rest. Classes that only the student knows, or that the teacher's data lacked, keep a count
-    of 0, no prototypes, and a head row of zeros.
-
-    Raises:
-        UsageError: the two have no class name in common.
-    """
-    # A class that the teacher's data lacked has a name but no knowledge.
-    source = {
-        name: index
-        for index, name in enumerate(memory.class_names)
-        if memory.class_count[index] > 0
-    }
-    origin = torch.tensor([source.get(name, -1) for name in student_names])
-    known = origin >= 0
-    if not known.any():
-        raise UsageError(
-            "The memory and the student's shards have no class name in common (memory: "
-            f"{_examples(memory.class_names)}; student: {_examples(student_names)}). Modalities "
-            "are joined by label names alone: rebuild one of them with the other's names."
-        )
-    target = torch.full((len(memory.class_names),), -1)
-    target[origin[known]] = torch.arange(len(student_names))[known]
-    new_class = target[memory.prototype_class]
-    # Prototypes in the order of the student's classes: equal names give equal bytes.
-    kept = torch.argsort(new_class, stable=True)
-    kept = kept[new_class[kept] >= 0]
-    soft = _columns(memory.soft_labels[kept], origin, fill=0.0)
-    if (target < 0).any():
-        soft = soft / soft.sum(1, keepdim=True).clamp(min=1e-12)
-    return replace(
-        memory,
-        class_names=tuple(student_names),
-        prototypes=memory.prototypes[kept],
-        prototype_class=new_class[kept],
-        prototype_mass=memory.prototype_mass[kept],
-        radius=memory.radius[kept],
-        soft_labels=soft,
-        class_mean=_rows(memory.class_mean, origin, fill=0.0),
-        class_variance=_rows(memory.class_variance, origin, fill=0.0),
-        class_count=_rows(memory.class_count, origin, fill=0),
-        class_risk=_rows(memory.class_risk, origin, fill=float("nan")),
-        head_weight=_rows(memory.head_weight, origin, fill=0.0),
-        head_bias=_rows(memory.head_bias, origin, fill=0.0),
-    )
-
-
-def _rows(values: Tensor, origin: Tensor, fill: float) -> Tensor:
-    taken = values[origin.clamp(min=0)].clone()
-    taken[origin < 0] = fill
-    return taken
-
-
-def _columns(values: Tensor, origin: Tensor, fill: float) -> Tensor:
-    return _rows(values.T, origin, fill).T.contiguous()
-
-
-def _examples(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{shown}, ... ({len(names)} classes)" if len(names) > 3 else shown

@@ -1,143 +1,166 @@
-"""From the frozen teacher's features to a memory; equal bits for every world size and order.
+"""From the teacher's pass to a memory; equal bits for every world size and order.
 
-Every rank hands in the samples it has passed through the teacher. Moments are merged
-exactly (``statistics``); the bounded sample of each class that k-means sees is sorted by
-the sample's place in the data set; each class is clustered by the rank that owns it.
+Classes are taken in blocks that fit into memory. The samples of a class travel to the rank
+that owns it, are put into the order of the pass there, and become its rows of the memory;
+after each block all ranks have these rows. Nothing is computed over samples of two classes,
+so who owns which class changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cmkd_scale import distributed
 from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.bank import PrototypeMemory
-from cmkd_scale.memory.prototypes import cluster, prototype_count
+from cmkd_scale.memory.one_class import CLASS_ROWS, SAMPLE_ROWS, Recipe, describe_class, empty_rows
+from cmkd_scale.memory.spool import Spool
 from cmkd_scale.memory.statistics import Moments
-from cmkd_scale.memory.sync import gather_sorted, merge_moments
+from cmkd_scale.memory.sync import exchange_moments, merge_moments
+
+BLOCK_BYTES = 256 * 2**20
+"""What the classes of one block take on each rank, on average: their features are spread over
+ranks, their rows of the memory are on every one."""
+_ROWS_OF_A_CLASS = 32  # of the width of a feature: prototypes, soft labels, moments, factor
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherSamples:
-    """What one rank's share of the teacher's pass left, and the held-out risk."""
+class Sizes:
+    """What the pass has left, on all ranks."""
 
-    index: Tensor
-    """[n] int64 place of each kept sample in the data set; unique over ranks."""
-    labels: Tensor
-    """[n] int64"""
-    features: Tensor
-    """[n, D]"""
-    logits: Tensor
-    """[n, C]"""
-    moments: Moments
-    """Of every sample this rank has seen, kept or not."""
-    risk: Moments
-    """Held-out cross-entropy, width 1."""
+    kept: Tensor
+    """[C] int64 samples of each class whose features are kept."""
+    rest: Tensor
+    """[C] int64 samples of each class of which there are only sums."""
 
 
 def build_memory(
-    samples: TeacherSamples,
+    spool: Spool,
+    risk: Moments,
+    recipe: Recipe,
     *,
     class_names: Sequence[str],
-    head_weight: Tensor,
-    head_bias: Tensor,
-    prototypes_per_class: int | None,
-    temperature: float,
-    seed: int,
     provenance: Mapping[str, Any],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PrototypeMemory:
-    """Cluster each class and assemble the memory; a collective call.
+    """Turn what the pass has left into a memory; a collective call.
+
+    One thread is assumed (``torch.set_num_threads(1)``): sums of several differ in their last
+    bits.
 
     Args:
-        samples: this rank's share.
+        spool: this rank's parts of the pass.
+        risk: held-out cross-entropy that this rank has seen, width 1.
+        recipe: how a class becomes rows of the memory.
         class_names: names of the C classes.
-        head_weight: [C, D] the teacher's head.
-        head_bias: [C]
-        prototypes_per_class: prototypes a class, or None for the rule.
-        temperature: of the soft labels.
-        seed: of k-means.
         provenance: stored beside the memory.
+        progress: told classes done, and how many there are.
 
     Raises:
         UsageError: no sample at all.
     """
-    merge_moments(samples.moments)
-    merge_moments(samples.risk)
-    index, labels, features, logits = gather_sorted(
-        samples.index, samples.labels, samples.features, samples.logits
-    )
-    if len(index) == 0:
+    classes, dim = recipe.head_weight.shape
+    merge_moments(risk)
+    sizes = Sizes(*map(distributed.all_reduce_sum, spool.counts(classes)))
+    if int(sizes.kept.sum()) == 0:
         raise UsageError("The teacher's data has no labelled sample to build a memory from.")
-    soft = torch.softmax(logits.float() / temperature, dim=1)
-    owned = range(distributed.rank(), len(class_names), distributed.world_size())
-    parts = [
-        _cluster_class(
-            label, features[labels == label], soft[labels == label], prototypes_per_class, seed
-        )
-        for label in owned
-        if bool((labels == label).any())
-    ]
-    table = _gather_classes(parts, features.shape[1], soft.shape[1])
-    risk = samples.risk.mean()[:, 0]
-    risk[samples.risk.count == 0] = float("nan")
+    blocks: list[dict[str, Tensor]] = []
+    for first, stop in class_blocks(sizes.kept, dim, distributed.world_size()):
+        blocks.append(_build_block(spool, sizes, first, stop, recipe))
+        progress(stop, classes)
+    # Field by field: at any time, only one of them is there twice.
+    table = {name: torch.cat([block.pop(name) for block in blocks]) for name in list(blocks[0])}
+    mean_risk = risk.mean()[:, 0]
+    mean_risk[risk.count == 0] = float("nan")
     return PrototypeMemory(
         class_names=tuple(class_names),
-        class_mean=samples.moments.mean().float(),
-        class_variance=samples.moments.variance().float(),
-        class_count=samples.moments.count,
-        class_risk=risk.float(),
-        head_weight=head_weight.detach().float().cpu(),
-        head_bias=head_bias.detach().float().cpu(),
-        temperature=temperature,
+        class_risk=mean_risk.float(),
+        head_weight=recipe.head_weight,
+        head_bias=recipe.head_bias,
+        # A class of identical samples has no spread; the unit must not be zero.
+        cost_scale=table.pop("spread").median().clamp(min=1e-6),
+        temperature=recipe.temperature,
         provenance=provenance,
         **table,
     )
 
 
-def _cluster_class(
-    label: int, features: Tensor, soft: Tensor, wanted: int | None, seed: int
+def class_blocks(kept: Tensor, dim: int, ranks: int) -> Iterator[tuple[int, int]]:
+    """Consecutive classes that take about ``BLOCK_BYTES`` a rank, or a single class.
+
+    Args:
+        kept: [C] samples of each class.
+        dim: width D of their features.
+        ranks: how many share the work.
+
+    Yields:
+        The first class of a block, and the one after its last.
+    """
+    first, size = 0, 0
+    for label, samples in enumerate(kept.tolist()):
+        row_bytes = 4 * dim * (samples + ranks * _ROWS_OF_A_CLASS)
+        if size and size + row_bytes > BLOCK_BYTES * ranks:
+            yield first, label
+            first, size = label, 0
+        size += row_bytes
+    yield first, len(kept)
+
+
+def owners(kept: Tensor, ranks: int) -> Tensor:
+    """[c] rank that clusters each class: large classes first, to who has the least so far."""
+    owner = torch.zeros(len(kept), dtype=torch.int64)
+    load = [(0, rank) for rank in range(ranks)]
+    for label in torch.argsort(kept, descending=True, stable=True).tolist():
+        size, rank = heapq.heappop(load)
+        owner[label] = rank
+        heapq.heappush(load, (size + int(kept[label]) + 1, rank))
+    return owner
+
+
+def _build_block(
+    spool: Spool, sizes: Sizes, first: int, stop: int, recipe: Recipe
 ) -> dict[str, Tensor]:
-    """Prototypes of one class, with the spread of each of its samples."""
-    rows = features.float().numpy()
-    clusters = cluster(rows, prototype_count(len(rows), wanted), seed)
-    count = len(clusters.centres)
-    sizes = np.bincount(clusters.assignment, minlength=count)
-    # One-hot products in float64, in sample order: sums that do not depend on threads.
-    members = np.eye(count)[clusters.assignment]
-    mean_soft = members.T @ soft.double().numpy() / sizes[:, None]
-    radius = members.T @ clusters.distance.astype(np.float64) / sizes
-    spread = torch.cdist(features.float(), torch.from_numpy(clusters.centres)).mean(1)
+    """Rows of the memory for the classes ``first`` to ``stop`` - 1, on every rank."""
+    owner = owners(sizes.kept[first:stop], distributed.world_size())
+    positions, labels, features = spool.read_kept(first, stop)
+    receiver = owner[labels - first]
+    labels, positions, features = (
+        distributed.exchange_rows(rows, receiver) for rows in (labels, positions, features)
+    )
+    rest = Moments(stop - first, features.shape[1])
+    if bool(sizes.rest[first:stop].any()):
+        rest = exchange_moments(spool.read_rest(first, stop), owner)
+    # By class, and within one in the order of the pass.
+    order = torch.argsort(positions)
+    order = order[torch.argsort(labels[order], stable=True)]
+    starts = torch.searchsorted(labels[order], torch.arange(first, stop + 1))
+    mine = []
+    for label in (first + (owner == distributed.rank()).nonzero()[:, 0]).tolist():
+        place = label - first
+        rows = features[order[starts[place] : starts[place + 1]]]
+        sums = tuple(tensor[place : place + 1] for tensor in rest.tensors())
+        mine.append(describe_class(label, rows, sums, recipe))
+    return _gather(mine, recipe)
+
+
+def _gather(mine: list[dict[str, Tensor]], recipe: Recipe) -> dict[str, Tensor]:
+    """The rows of all ranks, in the order of classes."""
+    empty = empty_rows(recipe)
+    table = {
+        name: distributed.gather_rows(torch.cat([part[name] for part in mine] or [empty[name]]))
+        for name in empty
+    }
+    by_class = torch.argsort(table.pop("label"))
+    by_prototype = torch.argsort(table["prototype_class"], stable=True)
     return {
-        "prototype_class": torch.full((count,), label),
-        "prototypes": torch.from_numpy(clusters.centres),
-        "prototype_mass": torch.from_numpy(sizes / sizes.sum()).float(),
-        "soft_labels": torch.from_numpy(mean_soft).float(),
-        "radius": torch.from_numpy(radius).float(),
-        "spread": spread,
+        name: rows
+        if name in SAMPLE_ROWS
+        else rows[by_class if name in CLASS_ROWS else by_prototype]
+        for name, rows in table.items()
     }
-
-
-def _gather_classes(parts: list[dict[str, Tensor]], dim: int, classes: int) -> dict[str, Tensor]:
-    """Tables of all ranks' prototypes in class order, and the unit of cost."""
-    empty = {
-        "prototype_class": torch.zeros(0, dtype=torch.int64),
-        "prototypes": torch.zeros(0, dim),
-        "prototype_mass": torch.zeros(0),
-        "soft_labels": torch.zeros(0, classes),
-        "radius": torch.zeros(0),
-        "spread": torch.zeros(0),
-    }
-    local = {name: torch.cat([part[name] for part in parts] or [empty[name]]) for name in empty}
-    spread = distributed.gather_rows(local.pop("spread"))
-    gathered = {name: distributed.gather_rows(rows) for name, rows in local.items()}
-    order = torch.argsort(gathered["prototype_class"], stable=True)
-    table = {name: rows[order] for name, rows in gathered.items()}
-    # A class of identical samples has no spread; the unit must not be zero.
-    table["cost_scale"] = spread.median().clamp(min=1e-6)
-    return table

@@ -1,74 +1,190 @@
 """Dual potentials of the global transport problem, which live beside the memory.
 
 Semi-dual optimal transport (Genevay et al. 2016; Seguy et al. 2018) between the student's
-features of a class and the teacher's prototypes of that class: one potential a prototype,
-raised while the prototype receives less mass than the teacher gives it. Student and teacher
-classes are the same on both sides, so masses follow the student's class marginal by
-themselves (no mass can cross classes under label shift).
+features and the teacher's prototypes: one potential a prototype, raised while the prototype
+receives less mass than it should. What a batch sends is summed over ranks as one vector, so the
+potentials are the same on every rank, and to rounding for every number of them.
+
+Within a class (class-masked transport) masses are shares of the class, and follow the student's
+class marginal by themselves. Across classes the target mass of a prototype is its share times
+the student's class marginal (``reweight``), without which a label shift would have to move mass
+into other classes.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from cmkd_scale import distributed
+Optimizer = Literal["sgd", "averaged", "adam"]
+_HORIZON = 100  # updates that averages span: of potentials, and of masses for the marginal error
+_BETAS = (0.9, 0.99)  # of Adam, as its moving averages follow a moving student
 
 
 class Potentials(nn.Module):
-    """Potentials [J] in units of the cost scale; part of a checkpoint, equal on every rank."""
+    """Potentials [J] in units of the cost; part of a checkpoint, equal on every rank."""
 
     value: Tensor
+    average: Tensor
+    first: Tensor
+    second: Tensor
+    updates: Tensor
+    seen: Tensor
+    recent: Tensor
     mass: Tensor
     prototype_class: Tensor
+    teacher_marginal: Tensor
 
     def __init__(
-        self, prototype_mass: Tensor, prototype_class: Tensor, classes: int, rate: float
+        self,
+        prototype_mass: Tensor,
+        prototype_class: Tensor,
+        class_count: Tensor,
+        *,
+        rate: float,
+        optimizer: Optimizer = "sgd",
+        relaxation: float = math.inf,
+        reweight: bool = True,
     ) -> None:
         """Start at zero.
 
         Args:
             prototype_mass: [J] share of its class, sums to 1 within a class.
             prototype_class: [J] int64.
-            classes: number of classes C.
-            rate: step size of the dual ascent.
+            class_count: [C] int64 samples of the teacher.
+            rate: step size of the dual ascent, in units of the cost.
+            optimizer: plain steps; plain steps whose average is used (Polyak); Adam.
+            relaxation: rho of the unbalanced problem; infinity keeps the masses exactly.
+            reweight: whether target masses follow the student's class marginal.
         """
         super().__init__()
-        self.classes = classes
+        self.classes = len(class_count)
         self.rate = rate
+        self.optimizer = optimizer
+        self.relaxation = relaxation
+        self.reweight = reweight
         self.register_buffer("value", torch.zeros_like(prototype_mass))
+        # Samples of each class that the student has shown, all ranks.
+        self.register_buffer("seen", torch.zeros(self.classes, dtype=torch.float64))
+        # What was sent lately: the noise of single batches would hide the marginal error.
+        self.register_buffer("recent", torch.zeros(len(prototype_mass) + self.classes))
+        if optimizer == "averaged":
+            self.register_buffer("average", torch.zeros_like(prototype_mass))
+        if optimizer == "adam":
+            self.register_buffer("first", torch.zeros_like(prototype_mass))
+            self.register_buffer("second", torch.zeros_like(prototype_mass))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mass", prototype_mass.clone(), persistent=False)
         self.register_buffer("prototype_class", prototype_class.clone(), persistent=False)
+        self.register_buffer("teacher_marginal", _shares(class_count), persistent=False)
+        self.known = int((class_count > 0).sum())
 
-    def received(self, plan: Tensor, columns: Tensor, labels: Tensor, known: Tensor) -> Tensor:
-        """Mass that this rank's batch sends: [J + C], prototypes then samples of each class.
+    @property
+    def current(self) -> Tensor:
+        """[J] the potentials that a plan is made with."""
+        return self.average if self.optimizer == "averaged" else self.value
+
+    def follow(self, prototype_mass: Tensor) -> None:
+        """Take up the masses of a memory whose teacher has moved; [J] as before."""
+        self.mass.copy_(prototype_mass)
+
+    def class_marginal(self) -> Tensor:
+        """[C] the student's share of each class that the memory knows, or the teacher's."""
+        if not self.reweight:
+            return self.teacher_marginal
+        # One sample of the teacher's marginal as a prior: before the first batch, that is all.
+        counts = self.seen.to(self.mass.dtype) * (self.teacher_marginal > 0)
+        return (counts + self.teacher_marginal) / (counts.sum() + 1.0)
+
+    def target(self) -> Tensor:
+        """[J] mass that each prototype should receive of all samples; sums to 1."""
+        return self.class_marginal()[self.prototype_class] * self.mass
+
+    def sent_within_classes(
+        self, plan: Tensor, columns: Tensor, labels: Tensor, share: Tensor
+    ) -> Tensor:
+        """What this rank's batch sends: [J + C], to prototypes, then samples of each class.
 
         Args:
-            plan: [B, K] share of each sample sent to each of its class's prototypes.
+            plan: [B, K] share of each sample sent to each of its candidates.
             columns: [B, K] int64 prototype of each entry (any where the plan is 0).
             labels: [B] int64.
-            known: [B] bool, whether the memory has the sample's class.
+            share: [B] weight of each sample; 0 if the memory lacks its class.
         """
         sums = plan.new_zeros(len(self.value) + self.classes)
-        sums.index_add_(0, columns.flatten(), (plan * known.unsqueeze(1)).flatten())
-        sums.index_add_(0, labels + len(self.value), known.to(plan.dtype))
+        sums.index_add_(0, columns.flatten(), (plan * share.unsqueeze(1)).flatten())
+        sums.index_add_(0, labels + len(self.value), share.to(plan.dtype))
         return sums
 
+    def sent_to_all(self, plan: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+        """The same for a plan [B, J] over all prototypes."""
+        counts = plan.new_zeros(self.classes).index_add_(0, labels, share.to(plan.dtype))
+        return torch.cat([share.to(plan.dtype) @ plan, counts])
+
     @torch.no_grad()
-    def update(self, received: Tensor) -> Tensor:
-        """One step of dual ascent from the batch of all ranks; returns the marginal error.
+    def observe(self, sent: Tensor) -> None:
+        """Count the samples of a batch of all ranks, for the student's class marginal."""
+        self.seen += sent[len(self.value) :]
+        self.recent.mul_(1.0 - 1.0 / _HORIZON).add_(sent)
+
+    @torch.no_grad()
+    def marginal_error(self, *, within_classes: bool) -> Tensor:
+        """[] L1 distance of the masses received lately to those wanted.
+
+        The mean over the classes seen, or of the whole. Lately: over some 100 batches, the older
+        the less. What is left of it is the noise of that many samples.
+        """
+        received, counts = self.recent[: len(self.value)], self.recent[len(self.value) :]
+        if within_classes:
+            seen = counts > 0
+            per_sample = torch.where(seen, 1.0 / counts, 0.0)[self.prototype_class]
+            wanted = self.mass * seen.to(self.mass.dtype)[self.prototype_class]
+            return (wanted - received * per_sample).abs().sum() / seen.sum().clamp(min=1)
+        return (self.target() - received / counts.sum().clamp(min=1e-12)).abs().sum()
+
+    @torch.no_grad()
+    def update(self, sent: Tensor, *, within_classes: bool) -> None:
+        """One step of dual ascent from the batch of all ranks.
 
         Args:
-            received: this rank's ``received``; summed over ranks in place.
-
-        Returns:
-            [] mean over the batch's classes of the L1 distance between the mass that
-            prototypes received and the mass they should.
+            sent: [J + C] summed over ranks.
+            within_classes: whether masses are shares of a class.
         """
-        distributed.all_reduce_sum(received)
-        sent, count = received[: len(self.value)], received[len(self.value) :]
-        per_prototype = count[self.prototype_class]
-        present = per_prototype > 0
-        gap = torch.where(present, self.mass - sent / per_prototype.clamp(min=1.0), 0.0)
-        self.value += self.rate * gap
-        return gap.abs().sum() / (count > 0).sum().clamp(min=1)
+        received, counts = sent[: len(self.value)], sent[len(self.value) :]
+        if within_classes:
+            present = counts > 0
+            per_sample = torch.where(present, 1.0 / counts, 0.0)
+            part = received * per_sample[self.prototype_class]
+            target = self.mass * present.to(part.dtype)[self.prototype_class]
+            unit = 1.0
+        else:
+            part = received / counts.sum().clamp(min=1e-12)
+            target = self.target() * (counts.sum() > 0)
+            # In shares of a class of usual size, so that the rate means the same for any C.
+            unit = float(self.known)
+        if math.isfinite(self.relaxation):
+            target = target * torch.exp(-self.value / self.relaxation)
+        self._ascend((target - part).mul_(unit))
+
+    def _ascend(self, direction: Tensor) -> None:
+        self.updates += 1
+        if self.optimizer == "adam":  # Kingma and Ba 2015, algorithm 1
+            first, second = _BETAS
+            self.first.lerp_(direction, 1.0 - first)
+            self.second.lerp_(direction.square(), 1.0 - second)
+            count = self.updates.to(direction.dtype)
+            mean = self.first / (1.0 - first**count)
+            size = (self.second / (1.0 - second**count)).sqrt()
+            self.value += self.rate * mean / (size + 1e-8)
+            return
+        self.value += self.rate * direction
+        if self.optimizer == "averaged":
+            weight = 1.0 / self.updates.clamp(max=_HORIZON).to(self.value.dtype)
+            self.average += weight * (self.value - self.average)
+
+
+def _shares(count: Tensor) -> Tensor:
+    return (count.double() / count.sum().clamp(min=1)).float()

@@ -32,17 +32,20 @@ class Moments:
         Raises:
             IntegrityError: a feature is not finite, or is 4096 or larger in magnitude.
         """
+        refuse_diverged(features)
         values = features.detach().double().cpu()
-        labels = labels.cpu()
-        # A comparison with NaN is false, so this refuses NaN too.
-        if not bool((values.abs() < _LARGEST).all()):
-            raise IntegrityError(
-                "The teacher returned features that are not finite or exceed 4096 in magnitude; "
-                "its training has diverged. Train it again with a smaller train.learning_rate."
-            )
-        self.count += torch.bincount(labels, minlength=len(self.count))
-        self.total.index_add_(0, labels, (values * _UNIT).round().long())
-        self.squares.index_add_(0, labels, (values.square() * _UNIT).round().long())
+        self.add_rows(
+            labels.cpu(),
+            torch.ones_like(labels, device="cpu"),
+            (values * _UNIT).round().long(),
+            (values.square() * _UNIT).round().long(),
+        )
+
+    def add_rows(self, labels: Tensor, count: Tensor, total: Tensor, squares: Tensor) -> None:
+        """Add the sums [m], [m, D], [m, D] of the classes ``labels`` [m], which may repeat."""
+        self.count.index_add_(0, labels, count)
+        self.total.index_add_(0, labels, total)
+        self.squares.index_add_(0, labels, squares)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The integer sums; adding them element-wise merges two sets of samples."""
@@ -59,3 +62,17 @@ class Moments:
 
     def _divisor(self) -> Tensor:
         return self.count.clamp(min=1).double().unsqueeze(1)
+
+
+def refuse_diverged(features: Tensor) -> None:
+    """Refuse features that have no exact sum.
+
+    Raises:
+        IntegrityError: one is not finite, or is 4096 or larger in magnitude.
+    """
+    # A comparison with NaN is false, so this refuses NaN too.
+    if not bool((features.detach().abs() < _LARGEST).all()):
+        raise IntegrityError(
+            "The teacher returned features that are not finite or exceed 4096 in magnitude; "
+            "its training has diverged. Train it again with a smaller train.learning_rate."
+        )

@@ -18,8 +18,16 @@ nobody downstream has to know about restarts.
 ``samples_skipped/<reason>`` damaged samples left out since the previous logged step, all ranks
 ``read_retries``             transfers tried again since the previous logged step, all ranks
 ``eta_seconds``              expected until the last step
-``alignment_marginal_error`` mean over classes of the L1 distance between the mass that
-                             prototypes received and the mass they should receive
+``alignment_marginal_error`` L1 distance between the mass that prototypes received in about the
+                             last 100 batches and the mass they should receive: the mean over
+                             classes, or of the whole where mass may cross classes
+``alignment_distance/<what>`` ``transport``: mean transported cost, in units of the median cost
+``alignment_wrong_class_mass`` share of the mass that went to prototypes of another class
+``ring_age_steps``           mean age of the student features that are kept
+``memory_sync_seconds``      that a step waited for the exchange between ranks, mean since the
+                             previous logged step
+``memory_sync_bytes``        that this rank sent for it since the previous logged step
+``memory_rank_mismatches``   ranks whose memory, potentials or statistics differed from rank 0's
 ``checkpoint_seconds``       duration of a checkpoint that was just completed
 ``test/accuracy``            result of an evaluation at this step, likewise any ``test/...``
 ============================ ============================================================
@@ -146,9 +154,52 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "cmkd_alignment_marginal_error",
         "gauge",
-        "Mean over classes of the L1 distance of received to wanted prototype mass.",
+        "L1 distance of the prototype masses received lately to those wanted.",
         "value",
         keys=("alignment_marginal_error",),
+    ),
+    Metric(
+        "cmkd_alignment_distance",
+        "gauge",
+        "Distance of student features to the memory, in units of its median cost.",
+        "value",
+        keys=("alignment_distance/*",),
+        labels=("metric",),
+    ),
+    Metric(
+        "cmkd_alignment_wrong_class_mass_ratio",
+        "gauge",
+        "Share of the transported mass that went to prototypes of another class.",
+        "value",
+        keys=("alignment_wrong_class_mass",),
+    ),
+    Metric(
+        "cmkd_alignment_ring_age_steps",
+        "gauge",
+        "Mean age of the student features that are kept, in steps.",
+        "value",
+        keys=("ring_age_steps",),
+    ),
+    Metric(
+        "cmkd_memory_sync_duration_seconds",
+        "gauge",
+        "Seconds that a step waited for the exchange between ranks that backward did not hide.",
+        "value",
+        keys=("memory_sync_seconds",),
+    ),
+    Metric(
+        "cmkd_memory_sync_bytes_total",
+        "counter",
+        "Bytes that this rank sent for the alignment.",
+        "increment",
+        keys=("memory_sync_bytes",),
+    ),
+    Metric(
+        "cmkd_memory_rank_mismatch_total",
+        "counter",
+        "Ranks found to hold another memory, other potentials or statistics than rank 0.",
+        "increment",
+        keys=("memory_rank_mismatches",),
     ),
     Metric(
         "cmkd_checkpoint_duration_seconds",

@@ -168,8 +168,8 @@ class PrometheusSink:
             self._families[metric.name] = family
         if not metric.labels:
             return family
-        values = {**self._labels, "component": component, "reason": component}
-        return family.labels(*(values[label] for label in metric.labels))
+        # A label that is no constant of the run takes what stands below the key's prefix.
+        return family.labels(*(self._labels.get(label, component) for label in metric.labels))
 
 
 class _Handler(prometheus_client.MetricsHandler):

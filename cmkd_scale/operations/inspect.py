@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cmkd_scale.memory.bank import FILE_NAME, load_memory
+from cmkd_scale.memory.bank import FILE_NAME, load_memory, thin_classes
 from cmkd_scale.training.methods import METHODS
 
 
@@ -28,7 +28,7 @@ def methods() -> list[dict[str, Any]]:
 
 
 def memory_info(path: Path) -> dict[str, Any]:
-    """Classes, prototypes, masses, digest and provenance of a memory file.
+    """Classes, prototypes, masses, what is known of each class, digest and provenance.
 
     Raises:
         UsageError: there is none.
@@ -49,6 +49,11 @@ def memory_info(path: Path) -> dict[str, Any]:
         "largest_mass": float(memory.prototype_mass.max()),
         "feature_dim": memory.feature_dim,
         "samples": int(memory.class_count.sum()),
+        "samples_kept": int(memory.class_kept.sum()),
+        "thin_classes": thin_classes(memory),
+        "covariance_rank": memory.class_factor.shape[1],
+        "classes_listed_in_a_soft_label": memory.soft_label_values.shape[1],
+        "largest_unlisted_probability": float(memory.soft_label_rest.max()),
         "temperature": memory.temperature,
         "cost_scale": float(memory.cost_scale),
         "classes_with_held_out_risk": int((~memory.class_risk.isnan()).sum()),

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.nn import functional
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config, with_changes
-from cmkd_scale.data.damage import Quarantine
-from cmkd_scale.data.order import mix64
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.files import read_json
-from cmkd_scale.memory.bank import FILE_NAME, PrototypeMemory, save_memory
-from cmkd_scale.memory.build import TeacherSamples, build_memory
-from cmkd_scale.memory.statistics import Moments
+from cmkd_scale.memory.bank import (
+    FILE_NAME,
+    PrototypeMemory,
+    load_memory,
+    save_memory,
+    thin_classes,
+)
+from cmkd_scale.memory.build import build_memory
+from cmkd_scale.memory.one_class import Recipe
 from cmkd_scale.monitoring.console import counting
 from cmkd_scale.stages.common import (
     Trained,
@@ -30,17 +34,28 @@ from cmkd_scale.stages.common import (
     start_engine,
     weights_digest,
 )
-from cmkd_scale.stages.evaluate import infer
 from cmkd_scale.stages.runs import open_run, write_results
-from cmkd_scale.stages.streams import SplitData, open_quarantine
+from cmkd_scale.stages.teacher_pass import run_pass
+
+_OF_THE_TEACHER = (
+    "shards",
+    "modality",
+    "source",
+    "options",
+    "label_map",
+    "train_split",
+    "validation_split",
+)
+"""Keys of ``data`` that are the teacher's own where ``data.shards`` is unset."""
 
 
 def memory(config: Config) -> dict[str, Any]:
     """Build ``run.dir/memory.safetensors`` from ``teacher.run``; returns ``results.json``.
 
     The shards are ``data.shards``, or those that the teacher was trained on. The digest is
-    the same for every number of processes: batches have the same samples whatever the world,
-    and CPUs compute on one thread.
+    the same for every number of processes and every order of shards: batches have the same
+    samples in any case, and CPUs compute on one thread. A build that was interrupted goes on,
+    on any number of processes.
 
     Raises:
         UsageError: no teacher there, or shards with other labels than its own.
@@ -52,51 +67,36 @@ def memory(config: Config) -> dict[str, Any]:
     _check_finished(trained, run)
     if config.data.shards is None:
         shards = trained.config.model_dump(mode="json")["data"]
-        keys = (
-            "shards",
-            "modality",
-            "source",
-            "options",
-            "label_map",
-            "train_split",
-            "validation_split",
-        )
-        config = with_changes(config, {f"data.{key}": shards[key] for key in keys})
+        config = with_changes(config, {f"data.{key}": shards[key] for key in _OF_THE_TEACHER})
     engine = start_engine(config)
     data = open_split_for(trained, config, config.data.train_split)
     held_out = open_split_for(trained, config, config.data.validation_split)
+    recipe = _recipe(trained, config)  # first of all, since it may refuse
     directory = open_run(config, "memory")
-    fraction = config.data.max_bad_fraction
-    skipped = open_quarantine(directory, data, fraction, len(data.labelled()))
-    skipped_held_out = open_quarantine(directory, held_out, fraction, len(held_out.labelled()))
+    trained.model.to(engine.device).eval()
     with _one_thread():
-        samples = _pass_over(
-            trained,
-            data,
-            held_out,
-            config,
-            engine.device,
-            quarantines=(skipped, skipped_held_out),
-        )
-        result = build_memory(
-            samples,
-            class_names=trained.spec.label_names,
-            head_weight=trained.model.head.weight,
-            head_bias=trained.model.head.bias,
-            prototypes_per_class=config.memory.prototypes_per_class,
-            temperature=config.memory.temperature,
-            seed=config.run.seed,
-            provenance={
-                "teacher_run": str(run),
-                "teacher_weights": weights_digest(trained.model),
-                "teacher_step": trained.state["step"],
-                "modality": trained.spec.modality,
-                "shards": data.reader.manifest.name,
-                "manifest": data.reader.manifest.digest,
-            },
-        )
+        with _progress(f"samples of {data.reader.manifest.name} through the teacher") as advance:
+            passed = run_pass(trained, data, held_out, config, directory, engine.device, advance)
+        with _progress("classes into the memory") as advance:
+            result = build_memory(
+                passed.spool,
+                passed.risk,
+                recipe,
+                class_names=trained.spec.label_names,
+                provenance={
+                    "teacher_run": str(run),
+                    "teacher_weights": weights_digest(trained.model),
+                    "teacher_step": trained.state["step"],
+                    "modality": trained.spec.modality,
+                    "prototypes_per_class": config.memory.prototypes_per_class,
+                    "shards": data.reader.manifest.name,
+                    "manifest": data.reader.manifest.digest,
+                },
+                progress=advance,
+            )
     file = directory / FILE_NAME
     digest = _save_on_main(result, file)
+    passed.spool.remove()
     return write_results(
         directory,
         stage="memory",
@@ -104,33 +104,62 @@ def memory(config: Config) -> dict[str, Any]:
         began=began,
         method=None,
         steps=None,
-        metrics={
-            **_measures(result),
-            "memory/skipped": len(skipped),
-            "memory/skipped_held_out": len(skipped_held_out),
-        },
+        metrics={**_measures(result), **passed.metrics},
         memory_digest=digest,
         memory_file=str(file),
-        empty_classes=[
-            name
-            for name, count in zip(result.class_names, result.class_count, strict=True)
-            if count == 0
-        ],
+        classes=thin_classes(result),
     )
 
 
+def _recipe(trained: Trained, config: Config) -> Recipe:
+    """How each class becomes rows of the memory.
+
+    Raises:
+        UsageError: the memory that it is to follow has other classes or another width.
+        IntegrityError: that memory is damaged.
+    """
+    head, settings = trained.model.head, config.memory
+    recipe = Recipe(
+        head_weight=head.weight.detach().float().cpu(),
+        head_bias=head.bias.detach().float().cpu(),
+        temperature=settings.temperature,
+        prototypes_per_class=settings.prototypes_per_class,
+        covariance_rank=settings.covariance_rank,
+        seed=config.run.seed,
+    )
+    if settings.previous is None:
+        return recipe
+    before = load_memory(settings.previous)
+    if before.class_names != trained.spec.label_names or before.feature_dim != head.in_features:
+        raise UsageError(
+            f"memory.previous={settings.previous} has other classes or another feature width than "
+            "the teacher, so its prototypes cannot be followed; unset it, or give a memory of the "
+            "same teacher at an earlier step."
+        )
+    return replace(recipe, previous=before.prototypes, previous_class=before.prototype_class)
+
+
 def _measures(result: PrototypeMemory) -> dict[str, float | int | None]:
-    """What there is to say of a memory in numbers."""
+    """What there is to say of a memory in numbers; a collective call."""
     known = int((result.class_count > 0).sum())
     risk = result.class_risk[~result.class_risk.isnan()]
     return {
         "memory/classes": known,
         "memory/prototypes": len(result.prototypes),
         "memory/samples": int(result.class_count.sum()),
+        "memory/samples_kept": int(result.class_kept.sum()),
         "memory/mean_radius": float((result.radius * result.prototype_mass).sum()) / max(1, known),
+        "memory/peak_resident_bytes": _peak_resident_bytes(),
         # Null if no class has held-out samples.
         "teacher/held_out_cross_entropy": float(risk.mean()) if len(risk) else None,
     }
+
+
+def _peak_resident_bytes() -> int:
+    """Of the largest rank, since it began."""
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(distributed.gather_integers(usage * unit))
 
 
 def _save_on_main(result: PrototypeMemory, file: Path) -> str:
@@ -164,70 +193,6 @@ def _check_finished(trained: Trained, run: Path) -> None:
         )
     if read_json(run / "env.json").get("stage") != "teacher":
         raise UsageError(f"{run} is no run of `cmkd teacher`; set teacher.run to one.")
-
-
-def _pass_over(
-    trained: Trained,
-    data: SplitData,
-    held_out: SplitData,
-    config: Config,
-    device: torch.device,
-    *,
-    quarantines: tuple[Quarantine, Quarantine],
-) -> TeacherSamples:
-    """This rank's share of the teacher's pass over its data; a collective call.
-
-    Raises:
-        IntegrityError: more samples of a split are damaged than ``data.max_bad_fraction`` allows.
-    """
-    model = trained.model.to(device)
-    classes = len(data.label_names)
-    with _progress(f"samples of {data.reader.manifest.name} through the teacher") as advance:
-        places, labels, features, logits = infer(
-            model,
-            data,
-            device,
-            quarantine=quarantines[0],
-            batch_size=config.memory.batch_size,
-            progress=advance,
-        )
-    quarantines[0].share(data.reader)
-    moments = Moments(classes, features.shape[1])
-    moments.update(features, labels)
-    kept = torch.from_numpy(
-        np.isin(places.numpy(), _sample_of_each_class(data, config.memory.max_samples_per_class))
-    )
-    _, truth, _, scores = infer(
-        model,
-        held_out,
-        device,
-        quarantine=quarantines[1],
-        batch_size=config.memory.batch_size,
-    )
-    quarantines[1].share(held_out.reader)
-    risk = Moments(classes, 1)
-    cross_entropy = functional.cross_entropy(scores.double(), truth, reduction="none")
-    risk.update(cross_entropy.unsqueeze(1), truth)
-    return TeacherSamples(
-        index=places[kept],
-        labels=labels[kept],
-        features=features[kept],
-        logits=logits[kept],
-        moments=moments,
-        risk=risk,
-    )
-
-
-def _sample_of_each_class(data: SplitData, limit: int) -> NDArray[np.int64]:
-    """At most ``limit`` places a class, chosen by a hash of the place: free of ranks."""
-    places = data.labelled()
-    labels = data.labels[places]
-    order = np.lexsort((mix64(places.astype(np.uint64)), labels))
-    counts = np.bincount(labels, minlength=len(data.label_names))
-    starts = np.cumsum(counts) - counts
-    rank_in_class = np.arange(len(places)) - starts[labels[order]]
-    chosen: NDArray[np.int64] = places[order[rank_in_class < limit]]
-    return chosen
 
 
 @contextmanager

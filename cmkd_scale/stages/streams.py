@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -149,28 +150,30 @@ def make_draw(config: Config, data: SplitData) -> Draw:
 def compare_streams(
     config: Config,
     data: SplitData,
-    memory: PrototypeMemory | None,
+    memories: Sequence[PrototypeMemory],
     directory: Path,
     *,
     say: bool = True,
 ) -> None:
-    """Before training: what the student's labels and the memory's have in common.
+    """Before training: what the student's labels and the memories' have in common.
 
     Rank 0 writes ``labels.json`` and says it; without ``say``, only what does not fit. Without
-    a memory there is nothing to compare.
+    a memory there is nothing to compare; several count as one that knows what any of them does.
     """
-    if memory is None:
+    if not memories:
         return
     places = make_draw(config, data).places(0)
     drawn = data.labels if places is None else data.labels[places]
     counts = np.bincount(drawn[drawn >= 0], minlength=len(data.label_names)).tolist()
-    taught = memory.class_count.tolist()
-    modality = str(memory.provenance.get("modality", "teacher"))
+    taught: Counter[str] = Counter()
+    for memory in memories:
+        taught.update(dict(zip(memory.class_names, memory.class_count.tolist(), strict=True)))
+    modality = ", ".join(str(memory.provenance.get("modality", "teacher")) for memory in memories)
     report = compare_labels(
         f"student ({data.reader.manifest.modality})",
         dict(zip(data.label_names, counts, strict=True)),
         f"memory ({modality})",
-        dict(zip(memory.class_names, taught, strict=True)),
+        dict(taught),
     )
     if distributed.is_main():
         write_json(directory / LABELS, report.to_json())

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from cmkd_scale.config import Config
-from cmkd_scale.memory.bank import FILE_NAME, apply_control, load_memory
+from cmkd_scale.memory.bank import FILE_NAME, load_memory
+from cmkd_scale.memory.controls import apply_control
 from cmkd_scale.stages.common import DEFAULT_FEATURE_DIM
-from cmkd_scale.stages.train import Recipe, train
+from cmkd_scale.stages.train import Recipe, alignment_options, train
 from cmkd_scale.training.methods import check_needs, resolve_method
 from cmkd_scale.training.targets import MemoryTargets
+from cmkd_scale.training.transports import check_options
 
 _log = logging.getLogger(__name__)
 
@@ -30,18 +32,18 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
     control = config.method.control
     # The width is the memory's even for a method without a teacher, so that the models of a
     # comparison are the same.
-    path = config.memory.run
-    memory = None if path is None else load_memory(path)
+    paths = _memory_files(config.memory.run)
+    memories = [load_memory(path) for path in paths]
     if method.needs_memory:
-        check_needs(name, method, frozenset() if memory is None else MemoryTargets.provides)
-    digest = None
-    file = None
-    width = DEFAULT_FEATURE_DIM
-    if memory is not None and path is not None:
-        width = memory.feature_dim
-        digest = memory.digest()
-        file = str(Path(path, FILE_NAME) if Path(path).is_dir() else path)
-        memory = apply_control(memory, control, config.run.seed)
+        check_needs(name, method, MemoryTargets.provides if memories else frozenset())
+        check_options(alignment_options(config))
+    # Of several memories the list of their digests is one, too.
+    digest = "+".join(memory.digest() for memory in memories) or None
+    width = memories[0].feature_dim if memories else DEFAULT_FEATURE_DIM
+    memories = [
+        apply_control(memory, control, config.run.seed + number)
+        for number, memory in enumerate(memories)
+    ]
     if control != "none" and not method.needs_memory:
         _log.warning("method.control=%s changes nothing: %s has no teacher.", control, name)
     recipe = Recipe(
@@ -49,8 +51,14 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
         method_name=name if control == "none" or not method.needs_memory else f"{name}/{control}",
         method=method,
         feature_dim=config.model.feature_dim or width,
-        memory=memory if method.needs_memory else None,
+        memories=tuple(memories) if method.needs_memory else (),
         memory_digest=digest if method.needs_memory else None,
-        memory_file=file if method.needs_memory else None,
+        memory_file="+".join(map(str, paths)) if method.needs_memory else None,
     )
     return train(config, recipe, console=console)
+
+
+def _memory_files(run: Path | list[Path] | None) -> list[Path]:
+    """The files of ``memory.run``."""
+    paths = [] if run is None else run if isinstance(run, list) else [run]
+    return [path / FILE_NAME if path.is_dir() else path for path in paths]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from cmkd_scale import distributed
 from cmkd_scale.config import Config
 from cmkd_scale.errors import UsageError
-from cmkd_scale.memory.bank import FILE_NAME, PrototypeMemory, align_to_student, memory_bytes
+from cmkd_scale.memory.alignment import align_to_student
+from cmkd_scale.memory.bank import PrototypeMemory, memory_bytes
 from cmkd_scale.monitoring.sinks import ConsoleSink, JsonlSink, PrometheusSink, Sinks
 from cmkd_scale.stages.common import (
     ModelSpec,
@@ -27,12 +28,13 @@ from cmkd_scale.stages.streams import (
     make_train_loader,
     open_split,
 )
-from cmkd_scale.training.checkpoint import load_newest
+from cmkd_scale.training.checkpoint import blob_name, load_newest
 from cmkd_scale.training.distillation import Distillation
 from cmkd_scale.training.engine import Engine
 from cmkd_scale.training.loop import Trainer
 from cmkd_scale.training.methods import Method
 from cmkd_scale.training.targets import MemoryTargets
+from cmkd_scale.training.transports import AlignmentOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,9 @@ class Recipe:
     """With its control after a slash, as in ``ucmkd_global/permuted``."""
     method: Method
     feature_dim: int
-    memory: PrototypeMemory | None = None
+    memories: tuple[PrototypeMemory, ...] = ()
     memory_digest: str | None = None
-    """Of the memory as built, before any control."""
+    """Of the memories as built, before any control."""
     memory_file: str | None = None
 
 
@@ -66,7 +68,7 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
     directory = open_run(config, recipe.stage)
     spec = make_spec(config, data, recipe.feature_dim)
     trainer = _make_trainer(config, recipe, engine, data, spec, directory)
-    compare_streams(config, data, recipe.memory, directory, say=console)
+    compare_streams(config, data, recipe.memories, directory, say=console)
     found = load_newest(directory / "checkpoints")
     if found is not None:
         trainer.resume(found[0])
@@ -109,19 +111,13 @@ def _make_trainer(
     """Model, losses and loader of a run that stands at step 0."""
     torch.manual_seed(config.run.seed)
     model = spec.build()
-    targets = None
-    blobs = {}
-    if recipe.memory is not None:
-        memory = align_to_student(recipe.memory, spec.label_names)
-        blobs[FILE_NAME] = memory_bytes(memory)
-        targets = MemoryTargets(
-            memory,
-            feature_dim=spec.feature_dim,
-            steps=config.train.steps,
-            epsilon_start=config.method.epsilon_start,
-            epsilon_end=config.method.epsilon_end,
-            potential_rate=config.method.potential_rate,
-        )
+    memories = [align_to_student(memory, spec.label_names) for memory in recipe.memories]
+    blobs = {blob_name(number): memory_bytes(memory) for number, memory in enumerate(memories)}
+    options = alignment_options(config)
+    targets = [
+        MemoryTargets(memory, steps=config.train.steps, options=options, needs=recipe.method.needs)
+        for memory in memories
+    ]
     engine.prepare(
         Distillation(model, recipe.method, targets),
         learning_rate=config.train.learning_rate,
@@ -141,6 +137,12 @@ def _make_trainer(
         },
         blobs=blobs,
     )
+
+
+def alignment_options(config: Config) -> AlignmentOptions:
+    """How the config aligns a student to a memory."""
+    values = config.method.model_dump()
+    return AlignmentOptions(**{f.name: values[f.name] for f in fields(AlignmentOptions)})
 
 
 def _make_sinks(

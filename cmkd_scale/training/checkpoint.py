@@ -25,8 +25,8 @@ from cmkd_scale.files import file_digest, sync, to_json
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
 LATEST = "latest"
-MEMORY = "memory.safetensors"
 FORMAT_VERSION = 1
+_MEMORY = "memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,11 @@ class Checkpoint:
     """Relative file name (``model.safetensors``, ``optimizer/state.safetensors``) -> tensors."""
     blobs: dict[str, bytes] = field(default_factory=dict)
     """File name -> content stored as it is: the memory, which has a reader of its own."""
+
+
+def blob_name(number: int) -> str:
+    """File of the memory ``number`` of a run; that of the only one is ``memory.safetensors``."""
+    return f"{_MEMORY}{f'_{number}' if number else ''}.safetensors"
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -139,7 +144,7 @@ def _read(checkpoint: Path) -> Checkpoint:
     files = {
         name: load((checkpoint / name).read_bytes())
         for name in manifest["sha256"]
-        if name.endswith(".safetensors") and name != MEMORY
+        if name.endswith(".safetensors") and not name.startswith(_MEMORY)
     }
     return Checkpoint(state=state, files=files)
 

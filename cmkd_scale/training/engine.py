@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cmkd_scale import distributed
 from cmkd_scale.errors import IntegrityError, UsageError
-from cmkd_scale.training.distillation import Distillation, StepResult
+from cmkd_scale.training.distillation import Distillation, StepResult, Underway
 
 _EXEMPT_DIMENSIONS = 1
 
@@ -80,16 +80,22 @@ class Engine:
 
     def step(
         self, inputs: Tensor, labels: Tensor, step: int, *, learning_rate: float, clip: float
-    ) -> tuple[StepResult, Tensor]:
-        """Forward, backward and update; returns the step's result and the gradient's norm []."""
+    ) -> tuple[StepResult, Tensor, Underway]:
+        """Forward, backward and update.
+
+        Returns:
+            The step's result, the gradient's norm [], and the exchange between ranks that ran
+            beside backward, for ``Distillation.finish_step``.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         result: StepResult = self.wrapped(inputs.to(self.device), labels.to(self.device), step)
+        underway = self.module.start_step(result)
         self.accelerator.backward(result.loss)
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), clip)
         self.prepared_optimizer.step()
         self.prepared_optimizer.zero_grad(set_to_none=True)
-        return result, norm
+        return result, norm, underway
 
     def model_state(self) -> dict[str, Tensor]:
         """Consolidated parameters and buffers on the CPU, by name."""

@@ -15,9 +15,10 @@ from torch import Tensor
 from cmkd_scale import distributed
 from cmkd_scale.config_sections import TrainConfig
 from cmkd_scale.errors import CmkdError, IntegrityError, PreemptedError
+from cmkd_scale.memory.checksum import checksum
 from cmkd_scale.records import Batch
 from cmkd_scale.training.checkpoint import Checkpoint, save_checkpoint
-from cmkd_scale.training.distillation import StepResult
+from cmkd_scale.training.distillation import StepResult, Underway
 from cmkd_scale.training.engine import Engine
 from cmkd_scale.training.preemption import Preemption
 
@@ -141,15 +142,17 @@ class Trainer:
                 # Random numbers of a step depend on the seed and the step alone, so no
                 # generator state has to be saved to resume exactly.
                 torch.manual_seed(self.seed * 1_000_003 + self.step)
-                result, norm = self.engine.step(
+                result, norm, underway = self.engine.step(
                     batch.inputs,
                     batch.labels,
                     self.step,
                     learning_rate=learning_rate,
                     clip=self.config.gradient_clip_norm,
                 )
-                measures = self.engine.module.finish_step(result.received)
+                measures = self._finish(underway)
                 self.step += 1
+                if self._due(self.config.check_ranks_every_steps):
+                    self._check_ranks(sink)
                 clock.steps += 1
                 if self._due(self.config.log_every_steps) or self.step == 1:
                     values = self._values(result, norm, measures, learning_rate, clock)
@@ -164,6 +167,37 @@ class Trainer:
                         f"Stopped by a signal after step {self.step}; the state is saved. Run the "
                         "same command again to continue."
                     )
+
+    def _finish(self, underway: Underway) -> dict[str, Tensor]:
+        """Take in what all ranks say of the batch; how long that took, and how much it was."""
+        if not underway.exchanges:
+            return {}
+        begun = time.perf_counter()
+        underway.wait()
+        self._add("memory_sync_seconds", time.perf_counter() - begun)
+        self._add("memory_sync_bytes", underway.bytes_on_wire)
+        return self.engine.module.finish_step(underway)
+
+    def _check_ranks(self, sink: Sink | None) -> None:
+        """Stop all ranks when any holds another memory, other potentials or statistics.
+
+        Raises:
+            IntegrityError: naming the ranks that differ from rank 0.
+        """
+        if distributed.world_size() == 1 or not self.engine.module.memories:
+            return
+        sums = distributed.gather_integers(checksum(self.engine.module.synchronised()))
+        others = [rank for rank, value in enumerate(sums) if value != sums[0]]
+        if others:
+            if sink is not None:
+                sink.log(self.step, {"memory_rank_mismatches": float(len(others))})
+            raise IntegrityError(
+                f"At step {self.step} the memory, potentials or statistics of rank "
+                f"{', '.join(map(str, others))} differ from those of rank 0, so the ranks no "
+                "longer train the same student. Check that machine (memory errors, another "
+                "version of a library), then run the same command again: it continues from the "
+                "newest checkpoint."
+            )
 
     def save(self) -> None:
         """Write a checkpoint from rank 0; all ranks wait until it is complete."""
@@ -200,7 +234,11 @@ class Trainer:
 
     def _exchange(self) -> None:
         for name, value in self.loader.exchange().items():
-            self._pending[name] = self._pending.get(name, 0.0) + value
+            self._add(name, value)
+
+    def _add(self, name: str, value: float) -> None:
+        """Count up to the next logged step."""
+        self._pending[name] = self._pending.get(name, 0.0) + value
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -225,6 +263,8 @@ class Trainer:
         values["samples_seen"] = float(self.step * self.config.global_batch_size)
         values["epoch_progress"] = self.loader.epoch_progress()
         self._exchange()
+        if "memory_sync_seconds" in self._pending:
+            self._pending["memory_sync_seconds"] /= clock.steps
         values.update(clock.lap(self.config.global_batch_size))
         values["eta_seconds"] = values["step_seconds"] * (self.config.steps - self.step)
         # What happened between two logged steps is reported with the later one.

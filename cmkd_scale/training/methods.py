@@ -29,7 +29,12 @@ class Method:
     @property
     def needs(self) -> frozenset[str]:
         """Values that the method's targets must provide."""
-        wanted = {value for name in self.weights for value in LOSSES[name].needs.values()}
+        wanted = {
+            value
+            for name, weight in self.weights.items()
+            if weight > 0
+            for value in LOSSES[name].needs.values()
+        }
         return frozenset(wanted - STUDENT_PROVIDES)
 
     @property
@@ -62,6 +67,7 @@ METHODS: dict[str, Method] = {
             "transported_soft_label": 10.0,
             "teacher_head_soft_label": 10.0,
             "head_pull": 0.1,
+            "class_bures": 0.0,
         },
         head_transfer=True,
         source="Tran et al. 2026 (UCMKD), made global",

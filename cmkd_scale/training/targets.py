@@ -1,45 +1,87 @@
-"""Where the teacher's signal comes from: the prototype memory.
+"""Where the teacher's signal comes from: a prototype memory.
 
-Targets turn a batch of student features into the values that losses need. They hold no
-trained parameter; their potentials are part of the checkpoint.
+Targets turn a batch of student features, in the teacher's feature space, into the values that
+losses need. They hold no trained parameter; potentials and statistics of the student are part
+of the checkpoint. What a batch of all ranks says is exchanged while backward runs.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from cmkd_scale.errors import UsageError
+from cmkd_scale import distributed
+from cmkd_scale.losses.class_bures import class_bures
+from cmkd_scale.losses.global_transport import against_own
 from cmkd_scale.losses.label_alignment import exclude_classes
-from cmkd_scale.losses.sinkhorn import annealed_epsilon, semi_dual_plan
+from cmkd_scale.losses.sinkhorn import annealed_epsilon
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.memory.potentials import Potentials
+from cmkd_scale.memory.soft_labels import SoftLabels
+from cmkd_scale.memory.student_statistics import StudentStatistics
+from cmkd_scale.training.memory_buffers import MemoryBuffers
+from cmkd_scale.training.transports import AlignmentOptions, Moment, make_transport
+
+Values = dict[str, Tensor | float]
+
+_TRANSPORTED = frozenset({"transported", "transported_soft_labels"})
+_ROWS = 512  # of the ring are moved at a time when potentials are refreshed
 
 
-class MemoryTargets(nn.Module):
+class Outgoing(NamedTuple):
+    """What this rank's batch has to say to all others."""
+
+    sums: Tensor
+    """[J + C + 3] mass sent to prototypes, samples of classes, then transported cost, mass sent
+    to wrong classes, and samples."""
+    rows: Tensor | None
+    """[B, D + 1] features and labels, if statistics of the student are kept."""
+
+
+class Exchange(NamedTuple):
+    """The same, on its way."""
+
+    sums: distributed.Pending
+    rows: distributed.Pending | None
+
+    @property
+    def bytes_on_wire(self) -> float:
+        """What this rank sends."""
+        return self.sums.bytes_on_wire + (self.rows.bytes_on_wire if self.rows else 0.0)
+
+    def wait(self) -> None:
+        """Until it is here."""
+        self.sums.wait()
+        if self.rows is not None:
+            self.rows.wait()
+
+
+class MemoryTargets(MemoryBuffers):
     """A memory in the student's class order, ready to be read by batches."""
 
     provides = frozenset(
         {
-            "cost",
-            "plan",
-            "known",
+            *_TRANSPORTED,
+            "bures",
+            "share",
             "shared_classes",
             "teacher_logits",
             "class_soft_labels",
-            "transported_soft_labels",
             "teacher_head_weight",
+            "class_share",
             "temperature",
         }
     )
     """Values that losses may ask for."""
 
     shared_classes: Tensor
-    prototypes: Tensor
-    soft_labels: Tensor
+    class_mean: Tensor
+    class_variance: Tensor
     class_soft_labels: Tensor
-    columns: Tensor
-    log_mass: Tensor
     head_weight: Tensor
     head_bias: Tensor
 
@@ -47,103 +89,226 @@ class MemoryTargets(nn.Module):
         self,
         memory: PrototypeMemory,
         *,
-        feature_dim: int,
         steps: int,
-        epsilon_start: float,
-        epsilon_end: float,
-        potential_rate: float,
+        options: AlignmentOptions,
+        needs: frozenset[str] = provides,
     ) -> None:
-        """Lay the memory out by class.
+        """Lay the memory out.
 
         Args:
             memory: aligned to the student's class order (``align_to_student``).
-            feature_dim: width of the student's features.
             steps: length of the run, for annealing epsilon.
-            epsilon_start: entropic regularisation at step 0, in units of the cost scale.
-            epsilon_end: the same from half-way on.
-            potential_rate: step size of the dual ascent.
-
-        Raises:
-            UsageError: the widths of student and memory differ.
+            options: how the student is aligned to it.
+            needs: the values that will be asked for; others are not computed.
         """
-        super().__init__()
-        if feature_dim != memory.feature_dim:
-            raise UsageError(
-                f"The student's features are {feature_dim} wide and the memory's "
-                f"{memory.feature_dim}; set model.feature_dim={memory.feature_dim} or leave it "
-                "unset to take the memory's."
-            )
-        classes = len(memory.class_names)
+        self.needs = needs
+        super().__init__(memory)
         self.steps = steps
-        self.epsilon = (epsilon_start, epsilon_end)
+        self.options = options
         self.temperature = memory.temperature
+        self.feature_dim = memory.feature_dim
         self.cost_scale = float(memory.cost_scale)
+        self.moves = bool(needs & _TRANSPORTED)
+        relaxation = options.mass_relaxation
         self.potentials = Potentials(
-            memory.prototype_mass, memory.prototype_class, classes, potential_rate
+            memory.prototype_mass,
+            memory.prototype_class,
+            memory.class_count,
+            rate=options.potential_rate,
+            optimizer=options.potential_optimizer,
+            relaxation=math.inf if relaxation is None else relaxation,
+            reweight=options.reweight,
         )
-        columns, log_mass = _layout(memory, classes)
-        mean_soft = torch.zeros(classes, classes)
-        weighted = memory.prototype_mass.unsqueeze(1) * memory.soft_labels
-        mean_soft.index_add_(0, memory.prototype_class, weighted)
-        present = torch.bincount(memory.prototype_class, minlength=classes) > 0
-        for name, value in {
-            "shared_classes": present,
-            "prototypes": memory.prototypes,
-            "soft_labels": memory.soft_labels,
-            "class_soft_labels": mean_soft,
-            "columns": columns,
-            "log_mass": log_mass,
+        self.transport = make_transport(memory, options)
+        self.statistics = None
+        if (self.moves and options.ring_size > 0) or "bures" in needs:
+            self.statistics = StudentStatistics(
+                len(memory.class_names),
+                memory.feature_dim,
+                ring_size=options.ring_size,
+                decay=options.moments_decay,
+            )
+
+    def layout(self, memory: PrototypeMemory) -> dict[str, Tensor]:
+        """What losses read beside the transport."""
+        classes = len(memory.class_names)
+        shared = torch.bincount(memory.prototype_class, minlength=classes) > 0
+        buffers = {
+            "shared_classes": shared,
+            "class_mean": memory.class_mean,
+            "class_variance": memory.class_variance,
             "head_weight": memory.head_weight,
             "head_bias": memory.head_bias,
-        }.items():
-            # Not persistent: the memory has a file of its own, with a digest.
-            self.register_buffer(name, value, persistent=False)
+        }
+        if "class_soft_labels" in self.needs:
+            buffers["class_soft_labels"] = _class_soft_labels(memory, shared)
+        return buffers
+
+    def follow(self, memory: PrototypeMemory) -> None:
+        """Take up the memory of the same teacher, moved (``MovingMemory``)."""
+        super().follow(memory)
+        self.transport.follow(memory)
+        self.potentials.follow(memory.prototype_mass)
+        self.cost_scale = float(memory.cost_scale)
 
     def forward(
-        self, features: Tensor, labels: Tensor, step: int
-    ) -> tuple[dict[str, Tensor | float], Tensor]:
+        self, features: Tensor, labels: Tensor, share: Tensor, step: int
+    ) -> tuple[Values, Outgoing]:
         """Read the memory for a batch.
 
         Args:
-            features: [B, D] student features, with gradient.
+            features: [B, D] student features in the teacher's space, with gradient.
             labels: [B] int64.
+            share: [B] weight of each sample, 0 if the memory lacks its class.
             step: for the annealing of epsilon.
 
         Returns:
-            The values named in ``provides``, and this rank's mass received by prototypes and
-            classes (see ``Potentials.received``).
+            The values that are needed, and what this rank's batch has to say.
         """
         features = features.float()
-        known = self.shared_classes[labels]
-        columns = self.columns[labels]
-        cost = (features.unsqueeze(1) - self.prototypes[columns]).norm(dim=2) / self.cost_scale
-        epsilon = annealed_epsilon(step, self.steps, *self.epsilon)
-        plan = semi_dual_plan(cost, self.log_mass[labels], self.potentials.value[columns], epsilon)
-        teacher_logits = nn.functional.linear(features, self.head_weight, self.head_bias)
-        values: dict[str, Tensor | float] = {
-            "cost": cost,
-            "plan": plan,
-            "known": known,
+        values: Values = {
+            "share": share,
             "shared_classes": self.shared_classes,
-            "teacher_logits": exclude_classes(teacher_logits, self.shared_classes),
-            "class_soft_labels": self.class_soft_labels[labels],
-            "transported_soft_labels": torch.einsum("bk,bkc->bc", plan, self.soft_labels[columns]),
-            "teacher_head_weight": self.head_weight,
             "temperature": self.temperature,
         }
-        return values, self.potentials.received(plan, columns, labels, known)
+        if "class_soft_labels" in self.needs:
+            values["class_soft_labels"] = self.class_soft_labels[labels]
+        if "teacher_logits" in self.needs:
+            logits = nn.functional.linear(features, self.head_weight, self.head_bias)
+            values["teacher_logits"] = exclude_classes(logits, self.shared_classes)
+        if "bures" in self.needs:
+            values["bures"] = self._bures(features, labels)
+        return values, Outgoing(
+            self._move(features, labels, share, step, values), self._rows(features, labels)
+        )
+
+    def start(self, outgoing: Outgoing) -> Exchange:
+        """Begin to exchange what the batches of all ranks have to say; a collective call."""
+        sums = distributed.start_all_reduce_sum(outgoing.sums)
+        rows = None if outgoing.rows is None else distributed.start_gather(outgoing.rows)
+        return Exchange(sums, rows)
+
+    def finish(self, exchange: Exchange, step: int) -> dict[str, Tensor]:
+        """Take in the batch of all ranks; a collective call.
+
+        Returns:
+            Measures of the alignment to log.
+        """
+        measures: dict[str, Tensor] = {}
+        sums = exchange.sums.wait()
+        if self.moves:
+            sent, (cost, wrong, samples) = sums[:-3], sums[-3:]
+            within = self.transport.within_classes
+            self.potentials.observe(sent)
+            self.potentials.update(sent, within_classes=within)
+            measures["alignment_marginal_error"] = self.potentials.marginal_error(
+                within_classes=within
+            )
+            measures["alignment_distance/transport"] = cost / samples.clamp(min=1e-12)
+            measures["alignment_wrong_class_mass"] = wrong / samples.clamp(min=1e-12)
+        if exchange.rows is not None and self.statistics is not None:
+            # [W, b, D + 1] to the global order: position i W + r is row i of rank r.
+            rows = exchange.rows.wait().transpose(0, 1).flatten(0, 1)
+            self.statistics.update(rows[:, :-1], rows[:, -1].long(), step)
+            measures["ring_age_steps"] = self.statistics.age(step)
+        every = self.options.refresh_every_steps
+        if self.moves and every > 0 and (step + 1) % every == 0:
+            self._refresh(step)
+        return measures
+
+    def _move(
+        self, features: Tensor, labels: Tensor, share: Tensor, step: int, values: Values
+    ) -> Tensor:
+        """Transport the batch; fills ``values`` in and returns the sums to exchange."""
+        if not self.moves:
+            return features.new_zeros(0)
+        at = Moment(step, self._epsilon(step))
+        moved = self.transport.move(features, labels, share, self.potentials, at)
+        values["transported"] = moved.assignment.cost - self._own(features, labels, at)
+        if "transported_soft_labels" in self.needs:
+            values["transported_soft_labels"] = self.transport.soft_labels(moved, labels)
+        cost = moved.assignment.cost.detach() @ share
+        return torch.cat([moved.sent, torch.stack([cost, moved.wrong_mass, share.sum()])])
+
+    def _own(self, features: Tensor, labels: Tensor, at: Moment) -> Tensor | float:
+        """What debiasing subtracts, once there are recent features."""
+        if not self.options.debias or self.statistics is None:
+            return 0.0
+        recent, recent_labels = self.statistics.recent()
+        if len(recent) == 0:
+            return 0.0
+        return against_own(
+            features,
+            labels,
+            recent=recent,
+            recent_labels=recent_labels,
+            scale=self.cost_scale,
+            epsilon=at.epsilon,
+            squared=self.options.cost == "squared_euclidean",
+        )
+
+    def _epsilon(self, step: int) -> float:
+        return annealed_epsilon(
+            step, self.steps, self.options.epsilon_start, self.options.epsilon_end
+        )
+
+    def _rows(self, features: Tensor, labels: Tensor) -> Tensor | None:
+        if self.statistics is None:
+            return None
+        return torch.cat([features.detach(), labels.unsqueeze(1).to(features.dtype)], dim=1)
+
+    def _bures(self, features: Tensor, labels: Tensor) -> Tensor:
+        assert self.statistics is not None
+        # A class that has not been seen yet has no moments: it is taken to fit.
+        seen = (self.statistics.weight > 1.0).unsqueeze(1)
+        return class_bures(
+            features,
+            labels,
+            student_mean=torch.where(seen, self.statistics.mean, self.class_mean),
+            student_variance=torch.where(seen, self.statistics.variance, self.class_variance),
+            teacher_mean=self.class_mean,
+            teacher_variance=self.class_variance,
+            scale=self.cost_scale,
+        )
+
+    @torch.no_grad()
+    def _refresh(self, step: int) -> None:
+        """Further steps of dual ascent on the ring, each rank moving its part of it."""
+        assert self.statistics is not None
+        features, labels = self.statistics.recent()
+        mine = slice(distributed.rank(), None, distributed.world_size())
+        features, labels = features[mine], labels[mine]
+        share = self.shared_classes[labels].float()
+        at = Moment(step, self._epsilon(step))
+        for _ in range(self.options.refresh_iterations):
+            sent = torch.zeros(
+                len(self.potentials.value) + len(self.shared_classes), device=features.device
+            )
+            for rows in torch.arange(len(labels), device=features.device).split(_ROWS):
+                moved = self.transport.move(
+                    features[rows], labels[rows], share[rows], self.potentials, at
+                )
+                sent += moved.sent
+            distributed.all_reduce_sum(sent)
+            self.potentials.update(sent, within_classes=self.transport.within_classes)
 
 
-def _layout(memory: PrototypeMemory, classes: int) -> tuple[Tensor, Tensor]:
-    """Prototypes of each class side by side: columns [C, K] and log masses [C, K].
+def shares_of(targets: Sequence[MemoryTargets]) -> Tensor:
+    """[M, C] weight of each of M memories for each class: equal parts among those that know it."""
+    known = torch.stack([target.shared_classes for target in targets]).float()
+    return known / known.sum(0).clamp(min=1.0)
 
-    Classes with fewer than K prototypes are filled up with prototype 0 at mass zero.
-    """
-    counts = torch.bincount(memory.prototype_class, minlength=classes)
-    widest = int(counts.max())
-    starts = torch.cumsum(counts, 0) - counts
-    place = torch.arange(widest)
-    valid = place < counts.unsqueeze(1)
-    columns = torch.where(valid, starts.unsqueeze(1) + place, 0)
-    log_mass = memory.prototype_mass.log()[columns].masked_fill(~valid, float("-inf"))
-    return columns, log_mass
+
+def _class_soft_labels(memory: PrototypeMemory, shared: Tensor) -> Tensor:
+    """[C, C] mean soft label of each class."""
+    classes = len(memory.class_names)
+    table = torch.zeros(classes, classes)
+    for rows in torch.arange(len(memory.prototypes)).split(4096):
+        soft = SoftLabels(
+            memory.soft_label_values[rows],
+            memory.soft_label_classes[rows],
+            memory.soft_label_rest[rows],
+        )
+        weighted = memory.prototype_mass[rows].unsqueeze(1) * soft.dense(shared)
+        table.index_add_(0, memory.prototype_class[rows], weighted)
+    return table

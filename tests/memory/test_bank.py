@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,10 @@ from safetensors.torch import save_file
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.memory.bank import (
     FILE_NAME,
-    align_to_student,
-    apply_control,
     load_memory,
-    permuted_teacher,
-    random_teacher,
+    memory_bytes,
     save_memory,
+    thin_classes,
 )
 from tests.memory.examples import build_from, example_memory, teacher_data
 
@@ -66,77 +65,35 @@ def test_no_memory_there(tmp_path: Path) -> None:
         load_memory(tmp_path)
 
 
-def test_the_permuted_teacher_gives_every_class_another_name() -> None:
+def test_the_bytes_of_a_memory_are_those_of_its_file(tmp_path: Path) -> None:
     memory = example_memory()
-    permuted = permuted_teacher(memory, seed=1)
-    assert sorted(permuted.class_names) == sorted(memory.class_names)
-    pairs = zip(memory.class_names, permuted.class_names, strict=True)
-    assert all(one != other for one, other in pairs)
-    assert permuted.digest() != memory.digest()
-    assert permuted_teacher(memory, seed=1).digest() == permuted.digest()
+    (tmp_path / "copy").write_bytes(memory_bytes(memory))
+    assert load_memory(tmp_path / "copy").digest() == memory.digest()
 
 
-def test_the_random_teacher_keeps_scales_and_loses_knowledge() -> None:
-    memory = example_memory(classes=9)
-    random = random_teacher(memory, seed=1)
-    torch.testing.assert_close(random.head_weight.norm(), memory.head_weight.norm())
-    for label in range(9):
-        own = memory.prototype_class == label
-        torch.testing.assert_close(
-            random.prototypes[own] - random.class_mean[label],
-            memory.prototypes[own] - memory.class_mean[label],
-            atol=1e-5,
-            rtol=1e-4,
-        )
-    guesses = (random.prototypes @ random.head_weight.T + random.head_bias).argmax(1)
-    own_guesses = (memory.prototypes @ memory.head_weight.T + memory.head_bias).argmax(1)
-    right = (guesses == memory.prototype_class).float().mean()
-    assert (own_guesses == memory.prototype_class).float().mean() > right + 0.3
+def test_a_memory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UsageError, match="cannot be written"):
+        save_memory(example_memory(), tmp_path / "run" / FILE_NAME)
 
 
-def test_no_control_is_the_memory_itself() -> None:
-    memory = example_memory()
-    assert apply_control(memory, "none", 0) is memory
-    assert apply_control(memory, "random", 0).digest() != memory.digest()
+def test_a_memory_of_an_older_format_is_to_be_built_again(tmp_path: Path) -> None:
+    file = tmp_path / FILE_NAME
+    save_file({"prototypes": torch.zeros(2, 2)}, str(file), metadata={"format_version": "1"})
+    with pytest.raises(IntegrityError, match=r"format 1.*`cmkd memory`"):
+        load_memory(file)
 
 
-def test_a_student_with_the_same_classes_sees_the_same_memory() -> None:
-    memory = example_memory()
-    assert align_to_student(memory, memory.class_names).digest() == memory.digest()
-
-
-def test_alignment_is_by_name_not_by_index() -> None:
-    memory = example_memory()
-    names = ["new", "class 4", "class 0"]
-    aligned = align_to_student(memory, names)
-    assert aligned.class_names == tuple(names)
-    assert sorted(set(aligned.prototype_class.tolist())) == [1, 2]
-    torch.testing.assert_close(aligned.head_weight[1], memory.head_weight[4])
-    torch.testing.assert_close(aligned.class_mean[2], memory.class_mean[0])
-    torch.testing.assert_close(
-        aligned.prototypes[aligned.prototype_class == 1],
-        memory.prototypes[memory.prototype_class == 4],
-    )
-    assert aligned.class_count.tolist() == [0, 18, 30]
-    soft = memory.soft_labels[memory.prototype_class == 4][:, [4, 0]]
-    torch.testing.assert_close(
-        aligned.soft_labels[aligned.prototype_class == 1][:, 1:], soft / soft.sum(1, keepdim=True)
-    )
-    assert float(aligned.soft_labels[:, 0].abs().max()) == 0.0
-
-
-def test_no_common_name_is_refused() -> None:
-    with pytest.raises(UsageError, match="no class name in common"):
-        align_to_student(example_memory(), ["cat", "dog"])
-
-
-def test_a_class_that_the_teachers_data_lacked_counts_as_unknown() -> None:
+def test_classes_of_few_samples_are_named() -> None:
     features, labels, weight, bias = teacher_data()
-    kept = labels != 2
-    memory = build_from(features[kept], labels[kept], weight, bias)
-    aligned = align_to_student(memory, memory.class_names)
-    assert float(aligned.soft_labels[:, 2].abs().max()) == 0.0
-    torch.testing.assert_close(aligned.soft_labels.sum(1), torch.ones(len(aligned.prototypes)))
-    assert aligned.head_weight[2].tolist() == [0.0] * 8
-    with pytest.raises(UsageError, match="no class name in common"):
-        align_to_student(memory, ["class 2"])
+    few = torch.cat(
+        [(labels == label).nonzero()[:count, 0] for label, count in enumerate(range(6))]
+    )
+    memory = build_from(features[few], labels[few], weight, bias)
+    asked = replace(memory, provenance={"prototypes_per_class": 2})
+    assert thin_classes(asked) == {
+        "without_samples": {"count": 1, "first": ["class 0"]},
+        "with_one_sample": {"count": 1, "first": ["class 1"]},
+        "with_fewer_prototypes": {"count": 3, "first": ["class 1", "class 2", "class 3"]},
+    }
+    assert thin_classes(memory)["with_fewer_prototypes"]["first"] == ["class 1"]

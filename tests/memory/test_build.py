@@ -1,23 +1,39 @@
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cmkd_scale.errors import UsageError
+from cmkd_scale.memory import build
+from cmkd_scale.memory.bank import PrototypeMemory
+from cmkd_scale.memory.build import class_blocks, owners
 from tests.conftest import REPOSITORY, Launch
-from tests.memory.examples import build_from, example_memory, teacher_data
+from tests.memory.examples import (
+    batches_of,
+    build_from,
+    build_with,
+    example_memory,
+    first_of_each_class,
+    spool_of,
+    teacher_data,
+)
 
 SCRIPT = REPOSITORY / "tests" / "scripts" / "memory_digest.py"
 
 
 @pytest.mark.multirank
-def test_the_digest_is_the_same_for_every_world_size_and_order(launch: Launch) -> None:
+def test_the_digest_is_the_same_for_every_world_size_order_and_block(launch: Launch) -> None:
     digests = set()
-    for processes in (1, 2, 3):
+    for processes in (1, 2, 3, 5):
         done = launch(SCRIPT, processes=processes)
         lines = [line for line in done.stdout.splitlines() if line.startswith("digest")]
-        assert len(lines) == 2 * processes
+        assert len(lines) == 5 * processes
         digests.update(lines)
     assert len(digests) == 1
 
@@ -27,36 +43,87 @@ def test_fields_against_a_direct_computation() -> None:
     memory = build_from(features, labels, weight, bias)
     values, truth = features.double().numpy(), labels.numpy()
     soft = torch.softmax((features @ weight.T + bias) / 4.0, 1).numpy()
+    spread = []
     for label in range(6):
         own = (memory.prototype_class == label).numpy()
         members = values[truth == label]
         centres = memory.prototypes.numpy()[own]
         nearest = np.linalg.norm(members[:, None] - centres[None], axis=2)
+        spread += nearest.mean(1).tolist()
         assignment = nearest.argmin(1)
         shares = np.bincount(assignment, minlength=len(centres)) / len(members)
         np.testing.assert_allclose(memory.prototype_mass.numpy()[own], shares, atol=1e-6)
         for k in range(len(centres)):
             mine = assignment == k
             np.testing.assert_allclose(
-                memory.soft_labels.numpy()[own][k], soft[truth == label][mine].mean(0), atol=1e-5
+                memory.soft_label_values.numpy()[own][k],
+                soft[truth == label][mine].mean(0),
+                atol=1e-5,
             )
             np.testing.assert_allclose(
                 memory.radius.numpy()[own][k], nearest[mine, k].mean(), atol=1e-4
             )
-        np.testing.assert_allclose(memory.class_mean[label], members.mean(0), atol=1e-6)
-        np.testing.assert_allclose(memory.class_variance[label], members.var(0), atol=1e-5)
-    assert memory.class_count.tolist() == [30, 27, 24, 21, 18, 15]
+    assert memory.class_count.tolist() == memory.class_kept.tolist() == [30, 27, 24, 21, 18, 15]
     torch.testing.assert_close(memory.class_risk, torch.full((6,), 0.5))
-    assert float(memory.cost_scale) > 0
+    # The lower of two middle values, as torch has it.
+    assert float(memory.cost_scale) == pytest.approx(sorted(spread)[(len(spread) - 1) // 2])
 
 
-def test_a_class_without_samples_has_no_prototype_and_is_told_apart() -> None:
+@pytest.mark.parametrize("limit", [4096, 9])
+def test_moments_are_those_of_all_samples_kept_or_not(limit: int) -> None:
     features, labels, weight, bias = teacher_data()
-    kept = labels != 2
-    memory = build_from(features[kept], labels[kept], weight, bias)
-    assert 2 not in memory.prototype_class.tolist()
-    assert int(memory.class_count[2]) == 0
-    assert torch.isnan(memory.class_risk[2])
+    memory = build_from(features, labels, weight, bias, limit=limit)
+    kept = first_of_each_class(labels, limit)
+    for label in range(6):
+        members = features[labels == label].double().numpy()
+        np.testing.assert_allclose(memory.class_mean[label], members.mean(0), atol=1e-6)
+        np.testing.assert_allclose(memory.class_variance[label], members.var(0), atol=1e-6)
+        assert int(memory.class_count[label]) == len(members)
+        assert int(memory.class_kept[label]) == min(limit, len(members))
+        chosen = features[kept & (labels == label)].double().numpy()
+        check_covariance(memory, label, chosen)
+
+
+def check_covariance(memory: PrototypeMemory, label: int, samples: np.ndarray) -> None:
+    """F^T F is the best approximation of its rank (Eckart and Young), by the SVD of NumPy."""
+    factor = memory.class_factor[label].double().numpy()
+    centred = samples - samples.mean(0)
+    _, singular, directions = np.linalg.svd(centred / np.sqrt(len(samples)))
+    best = (directions[:4].T * singular[:4] ** 2) @ directions[:4]
+    np.testing.assert_allclose(factor.T @ factor, best, atol=1e-6)
+
+
+def test_a_factor_of_full_rank_and_the_diagonal_are_the_covariance() -> None:
+    features, labels, weight, bias = teacher_data()
+    spool = spool_of(batches_of(features, labels))
+    for rank in (8, 12):
+        memory = build_with(spool, weight, bias, covariance_rank=rank)
+        for label in range(6):
+            factor = memory.class_factor[label].double().numpy()
+            left = memory.class_variance[label].double().numpy() - (factor**2).sum(0)
+            members = features[labels == label].double().numpy()
+            np.testing.assert_allclose(
+                factor.T @ factor + np.diag(left), np.cov(members.T, bias=True), atol=1e-6
+            )
+            assert np.abs(left).max() < 1e-6
+
+
+def test_classes_of_0_1_and_2_samples() -> None:
+    features, labels, weight, bias = teacher_data()
+    of = [(labels == label).nonzero()[:, 0] for label in range(6)]
+    few = torch.cat([of[1][:1], of[2][:2], of[3]])
+    memory = build_from(features[few], labels[few], weight, bias)
+    assert memory.class_count.tolist() == [0, 1, 2, len(of[3]), 0, 0]
+    assert memory.prototype_class.bincount(minlength=6).tolist() == [0, 1, 1, 4, 0, 0]
+    assert memory.class_risk.isnan().tolist() == [True, False, False, False, True, True]
+    torch.testing.assert_close(memory.prototypes[0], features[of[1][0]])
+    assert float(memory.prototype_mass[0]) == 1.0
+    assert float(memory.radius[0]) == 0.0
+    assert (memory.class_factor.norm(dim=2) > 0).sum(1).tolist() == [0, 0, 1, 4, 0, 0]
+    assert memory.class_variance[[0, 1, 4, 5]].max() < 1e-6
+    pair = features[of[2][:2]]
+    torch.testing.assert_close(memory.prototypes[1], pair.mean(0))
+    torch.testing.assert_close(memory.class_factor[2, 0].abs(), (pair[0] - pair[1]).abs() / 2)
 
 
 def test_nothing_to_build_from() -> None:
@@ -65,8 +132,75 @@ def test_nothing_to_build_from() -> None:
         build_from(features[:0], labels[:0], weight, bias)
 
 
-def test_masses_sum_to_one_in_each_class() -> None:
+def test_masses_and_soft_labels_sum_to_one() -> None:
     memory = example_memory()
     sums = torch.zeros(6).index_add_(0, memory.prototype_class, memory.prototype_mass)
     torch.testing.assert_close(sums, torch.ones(6))
-    torch.testing.assert_close(memory.soft_labels.sum(1), torch.ones(len(memory.prototypes)))
+    torch.testing.assert_close(memory.soft_label_values.sum(1), torch.ones(len(memory.prototypes)))
+    assert (memory.prototype_class.diff() >= 0).all()
+
+
+@given(
+    kept=st.lists(st.integers(0, 50), min_size=1, max_size=30),
+    ranks=st.integers(1, 4),
+    limit=st.integers(1, 20_000),
+)
+def test_blocks_hold_every_class_once_and_no_more_than_fits(
+    kept: list[int], ranks: int, limit: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "BLOCK_BYTES", limit)
+        blocks = list(class_blocks(torch.tensor(kept), 4, ranks))
+    assert [first for first, _ in blocks] == [0, *(stop for _, stop in blocks[:-1])]
+    assert blocks[-1][1] == len(kept)
+    for first, stop in blocks:
+        size = sum(16 * (samples + 32 * ranks) for samples in kept[first:stop])
+        assert size <= limit * ranks or stop == first + 1
+
+
+@given(
+    kept=st.lists(st.integers(0, 50), min_size=1, max_size=30),
+    ranks=st.integers(1, 6),
+)
+def test_ranks_own_about_equally_much(kept: list[int], ranks: int) -> None:
+    owner = owners(torch.tensor(kept), ranks)
+    load = [sum(n + 1 for n, o in zip(kept, owner, strict=True) if o == r) for r in range(ranks)]
+    for one, other in itertools.permutations(load, 2):
+        assert one - other <= max(kept) + 1
+
+
+def test_a_teacher_that_has_moved_keeps_its_prototypes_places() -> None:
+    features, labels, weight, bias = teacher_data()
+    before = build_from(features, labels, weight, bias)
+    moved = features + 0.1
+    after = build_with(spool_of(batches_of(moved, labels)), weight, bias, previous=before)
+    assert torch.equal(after.prototype_class, before.prototype_class)
+    # k-means had not settled perfectly, so some prototypes move by more than the teacher did.
+    steps = (after.prototypes - before.prototypes - 0.1).norm(dim=1)
+    assert float(steps.median()) < 1e-5
+    for label in range(6):
+        own = before.prototype_class == label
+        members = moved[labels == label]
+        nearest = torch.cdist(members, before.prototypes[own]).argmin(1)
+        for k in range(int(own.sum())):
+            torch.testing.assert_close(
+                after.prototypes[own][k], members[nearest == k].mean(0), atol=1e-5, rtol=1e-5
+            )
+            share = (nearest == k).float().mean()
+            torch.testing.assert_close(after.prototype_mass[own][k], share)
+
+
+def test_prototypes_without_samples_stay_and_classes_without_prototypes_get_some() -> None:
+    features, labels, weight, bias = teacher_data()
+    before = build_from(features[labels != 1], labels[labels != 1], weight, bias)
+    own = before.prototype_class == 0
+    far = before.prototypes.clone()
+    far[own.nonzero()[0]] = 100.0
+    changed = replace(before, prototypes=far)
+    after = build_with(spool_of(batches_of(features, labels)), weight, bias, previous=changed)
+    counts = after.prototype_class.bincount(minlength=6)
+    assert counts.tolist() == [int(own.sum()), 5, *before.prototype_class.bincount()[2:].tolist()]
+    assert float(after.prototype_mass[0]) == float(after.radius[0]) == 0.0
+    assert after.prototypes[0].tolist() == [100.0] * 8
+    says = torch.softmax((far[0] @ weight.T + bias) / 4.0, 0)
+    torch.testing.assert_close(after.soft_label_values[0], says)

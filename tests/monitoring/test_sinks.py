@@ -254,7 +254,13 @@ class TestPrometheus:
     def test_every_exposed_family_is_in_the_vocabulary(self, exporter: PrometheusSink) -> None:
         plain = [key for metric in METRICS for key in metric.keys if not key.endswith("*")]
         exporter.log(
-            110, {**dict.fromkeys(plain, 1.0), "loss/any": 1.0, "samples_skipped/any": 1.0}
+            110,
+            {
+                **dict.fromkeys(plain, 1.0),
+                "loss/any": 1.0,
+                "samples_skipped/any": 1.0,
+                "alignment_distance/any": 1.0,
+            },
         )
         families = text_string_to_metric_families(get(exporter, "/metrics"))
         suffix = {"counter": "_total"}

@@ -14,15 +14,16 @@ if "WORLD_SIZE" in os.environ:
 generator = torch.Generator().manual_seed(0)
 classes = torch.arange(4).repeat_interleave(3)
 mass = torch.full((12,), 1 / 3)
-potentials = Potentials(mass, classes, classes=4, rate=0.1)
+potentials = Potentials(mass, classes, torch.full((4,), 10), rate=0.1)
 for _ in range(5):
     cost = torch.rand(12, 3, generator=generator)
     labels = torch.randint(4, (12,), generator=generator)
     mine = slice(distributed.rank(), None, distributed.world_size())
     columns = 3 * labels.unsqueeze(1) + torch.arange(3)
     plan = semi_dual_plan(cost, mass.log()[columns], potentials.value[columns], 0.1)
-    known = torch.ones(12, dtype=torch.bool)
-    potentials.update(potentials.received(plan[mine], columns[mine], labels[mine], known[mine]))
+    share = torch.ones(12)[mine]
+    sent = potentials.sent_within_classes(plan[mine], columns[mine], labels[mine], share)
+    potentials.update(distributed.all_reduce_sum(sent), within_classes=True)
 print(",".join(f"{value:.9f}" for value in potentials.value.tolist()) + "\n", end="", flush=True)
 if distributed.is_initialized():
     dist.destroy_process_group()

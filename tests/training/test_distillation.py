@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from cmkd_scale.errors import UsageError
-from cmkd_scale.memory.bank import PrototypeMemory, align_to_student
+from cmkd_scale.memory.alignment import align_to_student
+from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.models.model import Model
-from cmkd_scale.training.distillation import Distillation
-from cmkd_scale.training.methods import METHODS
+from cmkd_scale.training.distillation import Distillation, make_projector
+from cmkd_scale.training.methods import METHODS, resolve_method
 from cmkd_scale.training.targets import MemoryTargets
+from cmkd_scale.training.transports import AlignmentOptions
 from tests.memory.examples import example_memory
 
 BATCH, INPUT, CLASSES, DIM = 12, 10, 6, 8
@@ -29,25 +30,23 @@ class Encoder(nn.Module):
         return pooled, (pooled,)
 
 
-def make_targets(memory: PrototypeMemory, dim: int = DIM) -> MemoryTargets:
-    return MemoryTargets(
-        memory,
-        feature_dim=dim,
-        steps=10,
-        epsilon_start=0.1,
-        epsilon_end=0.02,
-        potential_rate=0.1,
-    )
-
-
-def make(name: str, memory: PrototypeMemory | None = None) -> Distillation:
+def make(
+    name: str, *memories: PrototypeMemory, dim: int = DIM, weights: dict[str, float] | None = None
+) -> Distillation:
     torch.manual_seed(0)
-    model = Model(Encoder(), encoder_dim=16, feature_dim=DIM, classes=CLASSES)
-    method = METHODS[name]
-    targets = None
-    if method.needs_memory:
-        targets = make_targets(example_memory() if memory is None else memory)
+    model = Model(Encoder(), encoder_dim=16, feature_dim=dim, classes=CLASSES)
+    method = resolve_method(name, weights or {})
+    if not method.needs_memory:
+        return Distillation(model, method)
+    targets = [
+        MemoryTargets(memory, steps=10, options=AlignmentOptions(), needs=method.needs)
+        for memory in memories or (example_memory(),)
+    ]
     return Distillation(model, method, targets)
+
+
+def trained_weights(name: str) -> set[str]:
+    return {component for component, weight in METHODS[name].weights.items() if weight > 0}
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +59,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_loss_is_the_sum_of_its_components(name: str) -> None:
     module = make(name)
     result = module(*batch(), 0)
-    assert set(result.components) == set(METHODS[name].weights)
+    assert set(result.components) == trained_weights(name)
     assert result.loss.item() == pytest.approx(sum(map(float, result.components.values())))
     result.loss.backward()
     for parameter in module.model.parameters():
@@ -89,7 +88,7 @@ def test_components_against_their_definitions() -> None:
         cost = (features[i] - memory.prototypes[own].double()).norm(dim=1) / memory.cost_scale
         plan = torch.softmax(-cost / 0.1 + memory.prototype_mass[own].double().log(), 0)
         transported[i] = (plan * cost).sum()
-        soft[i] = plan @ memory.soft_labels[own].double()
+        soft[i] = plan @ memory.soft_label_values[own].double()
     weights = METHODS["ucmkd_global"].weights
     teacher_logits = features.float() @ memory.head_weight.T + memory.head_bias
     kl = nn.KLDivLoss(reduction="batchmean")
@@ -140,28 +139,100 @@ def test_classes_unknown_to_the_teacher_train_by_their_labels_alone() -> None:
     result = module(inputs, torch.zeros(BATCH, dtype=torch.int64), 0)
     taught = {name for name, value in result.components.items() if float(value) != 0.0}
     assert taught == {"smoothed_cross_entropy"}
-    assert result.received is not None
-    assert float(result.received.sum()) == 0.0
+    (outgoing,) = result.outgoing
+    assert float(outgoing.sums.abs().sum()) == 0.0
 
 
-def test_finishing_a_step_moves_the_potentials() -> None:
+def test_finishing_a_step_moves_potentials_and_statistics() -> None:
     module = make("ucmkd_global")
-    assert module.targets is not None
-    before = module.targets.potentials.value.clone()
-    measures = module.finish_step(module(*batch(), 0).received)
+    (targets,) = module.memories
+    before = targets.potentials.value.clone()
+    measures = module.finish_step(module.start_step(module(*batch(), 0)))
     assert 0 < float(measures["alignment_marginal_error"]) < 2
-    assert not torch.equal(module.targets.potentials.value, before)
-    assert make("ce").finish_step(None) == {}
+    assert float(measures["alignment_distance/transport"]) > 0
+    assert float(measures["alignment_wrong_class_mass"]) == 0
+    assert not torch.equal(targets.potentials.value, before)
+    assert targets.statistics is not None
+    assert len(targets.statistics.recent()[0]) == BATCH
+    without = make("ce")
+    assert without.finish_step(without.start_step(without(*batch(), 0))) == {}
 
 
-def test_the_potentials_are_saved_and_the_memory_is_not() -> None:
+def test_potentials_and_statistics_are_saved_and_the_memory_is_not() -> None:
     saved = {key for key in make("ucmkd_global").state_dict() if not key.startswith("model.")}
-    assert saved == {"targets.potentials.value"}
+    potentials = {"value", "seen", "recent", "updates"}
+    statistics = {"weight", "mean", "variance", "ring", "ring_labels", "ring_steps", "written"}
+    assert saved == {f"targets.0.potentials.{name}" for name in potentials} | {
+        f"targets.0.statistics.{name}" for name in statistics
+    }
 
 
-def test_widths_that_differ_are_refused_with_the_remedy() -> None:
-    with pytest.raises(UsageError, match=r"model\.feature_dim=8"):
-        make_targets(example_memory(), dim=16)
+@pytest.mark.parametrize("dim", [4, 12])
+def test_a_projector_bridges_widths_and_carries_the_head_across(dim: int) -> None:
+    memory = example_memory()
+    module = make("ucmkd_global", memory, dim=dim)
+    (projector,) = module.projectors
+    inputs, _ = batch()
+    output = module.model(inputs)
+    # The student's head says of its features what the teacher's says of the projected ones.
+    expected = projector(output.features) @ memory.head_weight.T + memory.head_bias
+    torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
+    result = module(*batch(), 0)
+    assert float(result.components["head_pull"]) == pytest.approx(0.0, abs=1e-8)
+    result.loss.backward()
+    assert isinstance(projector, nn.Linear)
+    assert projector.weight.grad is not None
+    assert float(projector.weight.grad.abs().sum()) > 0
+    assert {"projectors.0.weight", "projectors.0.bias"} <= set(module.state_dict())
+
+
+def test_a_projector_keeps_the_size_of_features() -> None:
+    # Features of unit mean square, as the model's last norm gives them.
+    narrow, wide = make_projector(8, 32), make_projector(32, 8)
+    unit = torch.nn.functional.layer_norm(torch.randn(500, 8), (8,))
+    assert float(narrow(unit).detach().square().mean()) == pytest.approx(1.0, rel=1e-4)
+    unit = torch.nn.functional.layer_norm(torch.randn(500, 32), (32,))
+    assert float(wide(unit).detach().square().mean()) == pytest.approx(1.0, rel=0.15)
+
+
+def test_the_same_memory_twice_teaches_what_it_teaches_once_in_its_own_space() -> None:
+    memory = example_memory()
+    once, twice = make("ucmkd_global", memory), make("ucmkd_global", memory, memory)
+    second = twice.projectors[1]
+    assert isinstance(second, nn.Linear)
+    nn.init.eye_(second.weight)
+    for module in (once, twice):
+        module.model.head.load_state_dict({"weight": memory.head_weight, "bias": memory.head_bias})
+    one, other = once(*batch(), 0), twice(*batch(), 0)
+    torch.testing.assert_close(one.loss, other.loss, rtol=1e-5, atol=1e-5)
+    for name, value in one.components.items():
+        torch.testing.assert_close(value, other.components[name], rtol=1e-4, atol=1e-5)
+
+
+def test_memories_are_fused_by_class_with_what_each_knows() -> None:
+    names = [f"class {label}" for label in range(CLASSES)]
+    whole = example_memory()
+    # One teacher that knows the first three classes only, one that knows all.
+    part = align_to_student(align_to_student(whole, names[:3]), names)
+    module = make("kd_memory", part, whole)
+    assert module.class_share.T.tolist() == [[0.5, 0.5]] * 3 + [[0.0, 1.0]] * 3
+    alone = make("kd_memory", whole)
+    inputs, _ = batch()
+    labels = torch.full((BATCH,), 4)
+    pair, single = (m(inputs, labels, 0).components["class_soft_label"] for m in (module, alone))
+    torch.testing.assert_close(pair, single)
+
+
+def test_the_gaussian_distance_trains_once_there_are_moments() -> None:
+    module = make("ucmkd_global", weights={"class_bures": 1.0})
+    inputs, labels = batch()
+    labels = labels % 2
+    first = module(inputs, labels, 0)
+    assert float(first.components["class_bures"]) == pytest.approx(0.0, abs=1e-6)
+    for step in range(3):
+        module.finish_step(module.start_step(module(inputs, labels, step)))
+    later = module(inputs, labels, 3)
+    assert float(later.components["class_bures"]) > 0.1
 
 
 def test_mixed_precision_leaves_memory_and_losses_in_float32() -> None:
@@ -170,7 +241,7 @@ def test_mixed_precision_leaves_memory_and_losses_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = module(*batch(), 0)
     assert mixed.loss.dtype == torch.float32
-    assert mixed.received is not None
+    (outgoing,) = mixed.outgoing
     # Each of 12 samples sends a mass of exactly 1, which bfloat16 would round.
-    assert float(mixed.received.sum()) == pytest.approx(24.0, abs=1e-4)
+    assert float(outgoing.sums[:-3].sum()) == pytest.approx(24.0, abs=1e-4)
     assert mixed.loss.item() == pytest.approx(exact.loss.item(), rel=0.05)

@@ -1,0 +1,64 @@
+"""Tensors derived from a memory, on the training device: never saved, replaced as a whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cmkd_scale.memory.bank import PrototypeMemory
+
+
+class MemoryBuffers(nn.Module):
+    """A module whose buffers are computed from a memory by ``layout``."""
+
+    def __init__(self, memory: PrototypeMemory) -> None:
+        """Lay out a memory that is aligned to the student's classes."""
+        super().__init__()
+        for name, value in self.layout(memory).items():
+            # Not persistent: the memory has a file of its own, with a digest.
+            self.register_buffer(name, value, persistent=False)
+
+    def layout(self, memory: PrototypeMemory) -> dict[str, Tensor]:
+        """The buffers by name."""
+        raise NotImplementedError
+
+    def follow(self, memory: PrototypeMemory) -> None:
+        """Take up the memory of the same teacher, moved: its prototypes keep their numbers."""
+        for name, value in self.layout(memory).items():
+            getattr(self, name).copy_(value)
+
+
+class SoftLabelTable(MemoryBuffers):
+    """Soft labels of prototypes, read for plans over any of them."""
+
+    values: Tensor
+    listed: Tensor
+    rest: Tensor
+    shares_rest: Tensor
+
+    def layout(self, memory: PrototypeMemory) -> dict[str, Tensor]:
+        """The table as the memory has it, and which classes it is about."""
+        # Over few classes the table is a plain one; over many, the likeliest are listed.
+        classes = len(memory.class_names)
+        self.is_dense = memory.soft_label_values.shape[1] >= classes
+        return {
+            "values": memory.soft_label_values,
+            "listed": memory.soft_label_classes,
+            "rest": memory.soft_label_rest,
+            # [C + 1] 1 for classes with prototypes; the last is where empty entries point to.
+            "shares_rest": (
+                torch.bincount(memory.prototype_class, minlength=classes + 1) > 0
+            ).float(),
+        }
+
+    def forward(self, plan: Tensor, ids: Tensor) -> Tensor:
+        """[B, C] soft label of where plan [B, K] sends mass: to the prototypes ids [B, K]."""
+        if self.is_dense:
+            return torch.bmm(plan.unsqueeze(1), self.values[ids]).squeeze(1)
+        rest = plan * self.rest[ids]
+        out = rest.sum(1, keepdim=True) * self.shares_rest
+        # Listed classes have got the rest, too: replace it.
+        classes = self.listed[ids].long()
+        listed = plan.unsqueeze(2) * self.values[ids]
+        listed -= rest.unsqueeze(2) * self.shares_rest[classes]
+        return out.scatter_add_(1, classes.flatten(1), listed.flatten(1))[:, :-1]

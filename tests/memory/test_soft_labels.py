@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmkd_scale.memory import soft_labels
+from cmkd_scale.memory.soft_labels import compress, concatenate, mean_probabilities
+
+
+def probabilities(count: int, classes: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.softmax(3 * torch.randn(count, classes, generator=generator), 1)
+
+
+@given(
+    count=st.integers(0, 5),
+    classes=st.integers(1, 9),
+    keep=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_the_likeliest_classes_are_exact_and_the_others_equal(
+    count: int, classes: int, keep: int, seed: int
+) -> None:
+    whole = probabilities(count, classes, seed)
+    dense = compress(whole, keep).dense(torch.ones(classes, dtype=torch.bool))
+    torch.testing.assert_close(dense.sum(1), torch.ones(count))
+    for row, cut in zip(whole, dense, strict=True):
+        order = row.argsort(descending=True)
+        listed, others = order[:keep], order[keep:]
+        assert torch.equal(cut[listed], row[listed])
+        if len(others):
+            torch.testing.assert_close(cut[others], row[others].mean().expand(len(others)))
+
+
+def test_nothing_is_cut_up_to_as_many_classes_as_are_listed() -> None:
+    whole = probabilities(4, 6)
+    soft = compress(whole, 6)
+    assert torch.equal(soft.values, whole)
+    assert soft.classes.tolist() == [list(range(6))] * 4
+    assert soft.rest.tolist() == [0.0] * 4
+
+
+def test_what_is_left_goes_to_known_classes_only() -> None:
+    known = torch.tensor([True, True, True, True, False, False])
+    whole = probabilities(3, 6) * known
+    whole = whole / whole.sum(1, keepdim=True)
+    dense = compress(whole, 2, known).dense(known)
+    assert dense[:, ~known].abs().max() == 0
+    torch.testing.assert_close(dense.sum(1), torch.ones(3))
+
+
+def test_rows_are_joined_in_order() -> None:
+    whole = probabilities(5, 7)
+    joined = concatenate([compress(whole[:2], 3), compress(whole[2:], 3)])
+    for one, other in zip(joined, compress(whole, 3), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("entries", [1, 30, 2**22])
+def test_mean_probabilities_against_float64_for_any_number_of_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, entries: int
+) -> None:
+    monkeypatch.setattr(soft_labels, "_MOST_ENTRIES", entries)
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(40, 5, generator=generator)
+    weight, bias = torch.randn(7, 5, generator=generator), torch.randn(7, generator=generator)
+    assignment = torch.randint(3, (40,), generator=generator)
+    found = mean_probabilities(features, assignment, 3, weight, bias, 2.0)
+    exact = torch.softmax((features.double() @ weight.double().T + bias.double()) / 2.0, 1)
+    for prototype in range(3):
+        expected = exact[assignment == prototype].mean(0).float()
+        torch.testing.assert_close(found[prototype], expected, atol=1e-6, rtol=0)
