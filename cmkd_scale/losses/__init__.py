@@ -47,21 +47,21 @@ LOSSES: dict[str, Loss] = {
     "class_soft_label": Loss(
         soft_label_divergence,
         {
-            **_same("logits", "share", "shared_classes", "temperature"),
+            **_same("logits", "share", "excluded", "temperature"),
             "soft_labels": "class_soft_labels",
         },
     ),
     "transported_soft_label": Loss(
         soft_label_divergence,
         {
-            **_same("logits", "share", "shared_classes", "temperature"),
+            **_same("logits", "share", "excluded", "temperature"),
             "soft_labels": "transported_soft_labels",
         },
     ),
     "teacher_head_soft_label": Loss(
         soft_label_divergence,
         {
-            **_same("share", "shared_classes", "temperature"),
+            **_same("share", "excluded", "temperature"),
             "logits": "teacher_logits",
             "soft_labels": "transported_soft_labels",
         },

@@ -19,6 +19,7 @@ from torch import Tensor
 from cmkd_scale.losses.sinkhorn import pairwise_distance, semi_dual_plan
 from cmkd_scale.losses.transport_solver import sinkhorn
 
+_CACHED_BYTES = 4 << 20
 _CLOSEST = 1e-4
 """Smallest distance told from 0, in units of the scale: float32 resolves no smaller one."""
 
@@ -80,14 +81,17 @@ def class_masked(
     """
     with torch.no_grad():
         x = features.float()
-        products = block_products(blocks, labels, x)
-        square = products.mul_(-2.0).add_(square_norms[labels])
-        square.add_(x.square().sum(1, keepdim=True))
-        cost = _ground_cost(square, scale, squared)
-        plan = semi_dual_plan(cost, log_mass, potentials, epsilon)
-        pull = _pull(plan, cost, scale, squared)
-        gradient = x * pull.sum(1, keepdim=True) - block_sums(pull, blocks, labels)
-        value = (plan * cost).sum(1)
+        parts = []
+        for rows in torch.arange(len(x)).split(_rows_in_cache(blocks)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            y, z = labels[part], x[part]
+            square = block_products(blocks, y, z).mul_(-2.0).add_(square_norms[y])
+            cost = _ground_cost(square.add_(z.square().sum(1, keepdim=True)), scale, squared)
+            plan = semi_dual_plan(cost, log_mass[part], potentials[part], epsilon)
+            pull = _pull(plan, cost, scale, squared)
+            gradient = z * pull.sum(1, keepdim=True) - block_sums(pull, blocks, y)
+            parts.append((cost.mul_(plan).sum(1), gradient, plan))
+        value, gradient, plan = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return Assignment(with_gradient(features, value, gradient), plan)
 
 
@@ -232,6 +236,14 @@ def _each(
     for row, label in enumerate(labels.tolist()):
         block = tables[label]
         np.dot(block.T if transposed else block, rows[row], out=results[row])
+
+
+def _rows_in_cache(blocks: Tensor) -> int:
+    """How many samples' blocks a CPU's cache holds from one product with them to the next."""
+    if blocks.is_cuda:
+        return 1 << 30
+    bytes_a_block = blocks.shape[1] * blocks.shape[2] * blocks.element_size()
+    return max(1, _CACHED_BYTES // bytes_a_block)
 
 
 def _ground_cost(square: Tensor, scale: float, squared: bool) -> Tensor:

@@ -31,7 +31,7 @@ def teacher_head_cross_entropy(teacher_logits: Tensor, labels: Tensor, share: Te
 
 
 def soft_label_divergence(
-    logits: Tensor, soft_labels: Tensor, share: Tensor, shared_classes: Tensor, temperature: float
+    logits: Tensor, soft_labels: Tensor, share: Tensor, excluded: Tensor | None, temperature: float
 ) -> Tensor:
     """``T^2 KL(q || softmax(logits / T))`` over the classes both sides know.
 
@@ -42,15 +42,15 @@ def soft_label_divergence(
         logits: [B, C]
         soft_labels: [B, C] teacher's probabilities at ``temperature``, zero where unknown.
         share: [B] weight of each sample; those of classes that the memory lacks add nothing.
-        shared_classes: [C] bool, classes that both sides know.
+        excluded: [C] bool, classes that one side does not know; None if both know all.
         temperature: T.
     """
-    scores = exclude_classes(logits.float(), shared_classes)
+    scores = exclude_classes(logits.float(), excluded)
     log_p = functional.log_softmax(scores / temperature, dim=1)
     divergence = (torch.xlogy(soft_labels, soft_labels) - soft_labels * log_p).sum(1)
     return temperature**2 * (divergence * share).mean()
 
 
-def exclude_classes(logits: Tensor, shared_classes: Tensor) -> Tensor:
-    """Give classes outside ``shared_classes`` [C] no probability, without infinities."""
-    return logits.masked_fill(~shared_classes, _EXCLUDED)
+def exclude_classes(logits: Tensor, excluded: Tensor | None) -> Tensor:
+    """Give the classes ``excluded`` [C] no probability, without infinities."""
+    return logits if excluded is None else logits.masked_fill(excluded, _EXCLUDED)

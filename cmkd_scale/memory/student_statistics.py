@@ -23,7 +23,9 @@ class StudentStatistics(nn.Module):
     ring_steps: Tensor
     written: Tensor
 
-    def __init__(self, classes: int, dim: int, *, ring_size: int, decay: float) -> None:
+    def __init__(
+        self, classes: int, dim: int, *, ring_size: int, decay: float, moments: bool = True
+    ) -> None:
         """Start empty.
 
         Args:
@@ -32,12 +34,15 @@ class StudentStatistics(nn.Module):
             ring_size: features R that are kept.
             decay: what a sample's weight is multiplied with at every later step, 0 to 1; 1 never
                 forgets.
+            moments: whether class moments are kept.
         """
         super().__init__()
         self.decay = decay
+        self.keeps_moments = moments
+        classes, dim_of_moments = (classes, dim) if moments else (0, 0)
         self.register_buffer("weight", torch.zeros(classes))
-        self.register_buffer("mean", torch.zeros(classes, dim))
-        self.register_buffer("variance", torch.zeros(classes, dim))
+        self.register_buffer("mean", torch.zeros(classes, dim_of_moments))
+        self.register_buffer("variance", torch.zeros(classes, dim_of_moments))
         self.register_buffer("ring", torch.zeros(ring_size, dim))
         self.register_buffer("ring_labels", torch.full((ring_size,), -1))
         self.register_buffer("ring_steps", torch.zeros(ring_size, dtype=torch.int64))
@@ -46,7 +51,8 @@ class StudentStatistics(nn.Module):
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor, step: int) -> None:
         """Take in the global batch: features [N, D] float32, labels [N], at ``step``."""
-        self._merge(features, labels)
+        if self.keeps_moments:
+            self._merge(features, labels)
         size = len(self.ring)
         if size == 0:
             return

@@ -134,18 +134,16 @@ class Distillation(nn.Module):
         )
         return Underway(tuple(exchanges), result.step)
 
-    def finish_step(self, underway: Underway) -> dict[str, Tensor]:
-        """Move potentials and statistics by the batch of all ranks; a collective call.
-
-        Returns:
-            Measures of the alignment to log; with several memories, their means.
-        """
-        rows = [
+    def finish_step(self, underway: Underway) -> None:
+        """Move potentials and statistics by the batch of all ranks; a collective call."""
+        for target, exchange in zip(self.memories, underway.exchanges, strict=True):
             target.finish(exchange, underway.step)
-            for target, exchange in zip(self.memories, underway.exchanges, strict=True)
-        ]
+
+    def measures(self, step: int) -> dict[str, float]:
+        """What there is to log of the alignment after ``step``; means over the memories."""
+        rows = [target.measures(step) for target in self.memories]
         names = rows[0] if rows else {}
-        return {name: torch.stack([row[name] for row in rows]).mean() for name in names}
+        return {name: sum(row[name] for row in rows) / len(rows) for name in names}
 
     def synchronised(self) -> list[Tensor]:
         """Tensors that must be the same bits on all ranks: memories, potentials, statistics."""

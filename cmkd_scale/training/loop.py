@@ -149,13 +149,13 @@ class Trainer:
                     learning_rate=learning_rate,
                     clip=self.config.gradient_clip_norm,
                 )
-                measures = self._finish(underway)
+                self._finish(underway)
                 self.step += 1
                 if self._due(self.config.check_ranks_every_steps):
                     self._check_ranks(sink)
                 clock.steps += 1
                 if self._due(self.config.log_every_steps) or self.step == 1:
-                    values = self._values(result, norm, measures, learning_rate, clock)
+                    values = self._values(result, norm, learning_rate, clock)
                     if sink is not None:
                         sink.log(self.step, values)
                 stop = preemption.agreed()
@@ -168,15 +168,15 @@ class Trainer:
                         "same command again to continue."
                     )
 
-    def _finish(self, underway: Underway) -> dict[str, Tensor]:
+    def _finish(self, underway: Underway) -> None:
         """Take in what all ranks say of the batch; how long that took, and how much it was."""
         if not underway.exchanges:
-            return {}
+            return
         begun = time.perf_counter()
         underway.wait()
         self._add("memory_sync_seconds", time.perf_counter() - begun)
         self._add("memory_sync_bytes", underway.bytes_on_wire)
-        return self.engine.module.finish_step(underway)
+        self.engine.module.finish_step(underway)
 
     def _check_ranks(self, sink: Sink | None) -> None:
         """Stop all ranks when any holds another memory, other potentials or statistics.
@@ -247,7 +247,6 @@ class Trainer:
         self,
         result: StepResult,
         norm: Tensor,
-        measures: Mapping[str, Tensor],
         learning_rate: float,
         clock: _Clock,
     ) -> dict[str, float]:
@@ -259,7 +258,7 @@ class Trainer:
         self._refuse_divergence(result.loss, norm)
         values["learning_rate"] = learning_rate
         values["grad_norm"] = float(norm)
-        values.update({name: float(value) for name, value in measures.items()})
+        values.update(self.engine.module.measures(result.step))
         values["samples_seen"] = float(self.step * self.config.global_batch_size)
         values["epoch_progress"] = self.loader.epoch_progress()
         self._exchange()

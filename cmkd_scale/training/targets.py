@@ -26,7 +26,7 @@ from cmkd_scale.memory.student_statistics import StudentStatistics
 from cmkd_scale.training.memory_buffers import MemoryBuffers
 from cmkd_scale.training.transports import AlignmentOptions, Moment, make_transport
 
-Values = dict[str, Tensor | float]
+Values = dict[str, Tensor | float | None]
 
 _TRANSPORTED = frozenset({"transported", "transported_soft_labels"})
 _ROWS = 512  # of the ring are moved at a time when potentials are refreshed
@@ -68,7 +68,7 @@ class MemoryTargets(MemoryBuffers):
             *_TRANSPORTED,
             "bures",
             "share",
-            "shared_classes",
+            "excluded",
             "teacher_logits",
             "class_soft_labels",
             "teacher_head_weight",
@@ -84,6 +84,7 @@ class MemoryTargets(MemoryBuffers):
     class_soft_labels: Tensor
     head_weight: Tensor
     head_bias: Tensor
+    excluded: Tensor | None
 
     def __init__(
         self,
@@ -103,6 +104,8 @@ class MemoryTargets(MemoryBuffers):
         """
         self.needs = needs
         super().__init__(memory)
+        unknown = ~self.shared_classes
+        self.register_buffer("excluded", unknown if unknown.any() else None, persistent=False)
         self.steps = steps
         self.options = options
         self.temperature = memory.temperature
@@ -127,7 +130,9 @@ class MemoryTargets(MemoryBuffers):
                 memory.feature_dim,
                 ring_size=options.ring_size,
                 decay=options.moments_decay,
+                moments="bures" in needs,
             )
+        self._sums: Tensor | None = None
 
     def layout(self, memory: PrototypeMemory) -> dict[str, Tensor]:
         """What losses read beside the transport."""
@@ -168,14 +173,14 @@ class MemoryTargets(MemoryBuffers):
         features = features.float()
         values: Values = {
             "share": share,
-            "shared_classes": self.shared_classes,
+            "excluded": self.excluded,
             "temperature": self.temperature,
         }
         if "class_soft_labels" in self.needs:
             values["class_soft_labels"] = self.class_soft_labels[labels]
         if "teacher_logits" in self.needs:
             logits = nn.functional.linear(features, self.head_weight, self.head_bias)
-            values["teacher_logits"] = exclude_classes(logits, self.shared_classes)
+            values["teacher_logits"] = exclude_classes(logits, self.excluded)
         if "bures" in self.needs:
             values["bures"] = self._bures(features, labels)
         return values, Outgoing(
@@ -188,33 +193,35 @@ class MemoryTargets(MemoryBuffers):
         rows = None if outgoing.rows is None else distributed.start_gather(outgoing.rows)
         return Exchange(sums, rows)
 
-    def finish(self, exchange: Exchange, step: int) -> dict[str, Tensor]:
-        """Take in the batch of all ranks; a collective call.
-
-        Returns:
-            Measures of the alignment to log.
-        """
-        measures: dict[str, Tensor] = {}
+    def finish(self, exchange: Exchange, step: int) -> None:
+        """Take in the batch of all ranks; a collective call."""
         sums = exchange.sums.wait()
         if self.moves:
-            sent, (cost, wrong, samples) = sums[:-3], sums[-3:]
-            within = self.transport.within_classes
-            self.potentials.observe(sent)
-            self.potentials.update(sent, within_classes=within)
-            measures["alignment_marginal_error"] = self.potentials.marginal_error(
-                within_classes=within
-            )
-            measures["alignment_distance/transport"] = cost / samples.clamp(min=1e-12)
-            measures["alignment_wrong_class_mass"] = wrong / samples.clamp(min=1e-12)
+            self._sums = sums[-3:]
+            self.potentials.observe(sums[:-3])
+            self.potentials.update(sums[:-3], within_classes=self.transport.within_classes)
         if exchange.rows is not None and self.statistics is not None:
             # [W, b, D + 1] to the global order: position i W + r is row i of rank r.
             rows = exchange.rows.wait().transpose(0, 1).flatten(0, 1)
             self.statistics.update(rows[:, :-1], rows[:, -1].long(), step)
-            measures["ring_age_steps"] = self.statistics.age(step)
         every = self.options.refresh_every_steps
         if self.moves and every > 0 and (step + 1) % every == 0:
             self._refresh(step)
-        return measures
+
+    def measures(self, step: int) -> dict[str, float]:
+        """What there is to log of the alignment after ``finish`` of ``step``; the same on all
+        ranks."""
+        found = {}
+        if self._sums is not None:
+            cost, wrong, samples = self._sums.tolist()
+            within = self.transport.within_classes
+            error = self.potentials.marginal_error(within_classes=within)
+            found["alignment_marginal_error"] = float(error)
+            found["alignment_distance/transport"] = cost / max(samples, 1e-12)
+            found["alignment_wrong_class_mass"] = wrong / max(samples, 1e-12)
+        if self.statistics is not None and self.options.ring_size > 0:
+            found["ring_age_steps"] = float(self.statistics.age(step))
+        return found
 
     def _move(
         self, features: Tensor, labels: Tensor, share: Tensor, step: int, values: Values

@@ -147,15 +147,17 @@ def test_finishing_a_step_moves_potentials_and_statistics() -> None:
     module = make("ucmkd_global")
     (targets,) = module.memories
     before = targets.potentials.value.clone()
-    measures = module.finish_step(module.start_step(module(*batch(), 0)))
+    module.finish_step(module.start_step(module(*batch(), 0)))
+    measures = module.measures(0)
     assert 0 < float(measures["alignment_marginal_error"]) < 2
     assert float(measures["alignment_distance/transport"]) > 0
-    assert float(measures["alignment_wrong_class_mass"]) == 0
+    assert measures["alignment_wrong_class_mass"] == 0
     assert not torch.equal(targets.potentials.value, before)
     assert targets.statistics is not None
     assert len(targets.statistics.recent()[0]) == BATCH
     without = make("ce")
-    assert without.finish_step(without.start_step(without(*batch(), 0))) == {}
+    without.finish_step(without.start_step(without(*batch(), 0)))
+    assert without.measures(0) == {}
 
 
 def test_potentials_and_statistics_are_saved_and_the_memory_is_not() -> None:
