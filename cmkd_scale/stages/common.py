@@ -9,12 +9,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from cmkd_scale.config import Config, with_changes
 from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.memory.bank import PrototypeMemory, load_memory
 from cmkd_scale.models.model import Model, build_model
 from cmkd_scale.stages.runs import read_config
 from cmkd_scale.stages.streams import SplitData, open_split
-from cmkd_scale.training.checkpoint import load_newest
+from cmkd_scale.training.checkpoint import blob_name, load_newest
 from cmkd_scale.training.engine import Engine
 
 _log = logging.getLogger(__name__)
@@ -65,6 +68,16 @@ class Trained:
     spec: ModelSpec
     config: Config
     state: dict[str, Any]
+    taught_by: tuple[Taught, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """A memory that a student was aligned to, and the way from its features to that space."""
+
+    memory: PrototypeMemory
+    """In the student's classes."""
+    projector: nn.Module
 
 
 def start_engine(config: Config) -> Engine:
@@ -129,18 +142,41 @@ def load_trained(run: Path, role: str) -> Trained:
     try:
         spec = ModelSpec.from_json(checkpoint.state["model"])
         model = spec.build()
+        weights = checkpoint.files["model.safetensors"]
         prefix = "model."
-        weights = {
-            name.removeprefix(prefix): value
-            for name, value in checkpoint.files["model.safetensors"].items()
-            if name.startswith(prefix)
-        }
-        model.load_state_dict(weights)
+        model.load_state_dict(
+            {
+                name.removeprefix(prefix): value
+                for name, value in weights.items()
+                if name.startswith(prefix)
+            }
+        )
+        taught_by = _taught_by(path, weights)
     except (KeyError, TypeError, RuntimeError) as error:
         raise IntegrityError(
             f"Checkpoint {path} does not hold the model that its state describes ({error})."
         ) from None
-    return Trained(model=model, spec=spec, config=read_config(run), state=checkpoint.state)
+    return Trained(
+        model=model,
+        spec=spec,
+        config=read_config(run),
+        state=checkpoint.state,
+        taught_by=taught_by,
+    )
+
+
+def _taught_by(checkpoint: Path, weights: Mapping[str, Tensor]) -> tuple[Taught, ...]:
+    """The memories that a checkpoint holds, with the projectors that were trained to them."""
+    found: list[Taught] = []
+    while (file := checkpoint / blob_name(len(found))).is_file():
+        projector: nn.Module = nn.Identity()
+        name = f"projectors.{len(found)}"
+        if f"{name}.weight" in weights:
+            matrix = weights[f"{name}.weight"]
+            projector = nn.Linear(matrix.shape[1], matrix.shape[0])
+            projector.load_state_dict({"weight": matrix, "bias": weights[f"{name}.bias"]})
+        found.append(Taught(load_memory(file), projector))
+    return tuple(found)
 
 
 def weights_digest(model: Model) -> str:

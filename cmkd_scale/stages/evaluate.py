@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,17 @@ from cmkd_scale import distributed
 from cmkd_scale.config import Config
 from cmkd_scale.data.damage import Quarantine
 from cmkd_scale.data.loader import ordered_batches
+from cmkd_scale.losses.label_alignment import exclude_classes
+from cmkd_scale.memory.prototypes import PrototypeIndex
 from cmkd_scale.memory.sync import gather_sorted
 from cmkd_scale.models.model import Model
-from cmkd_scale.stages.common import (
-    load_trained,
-    open_split_for,
-    start_engine,
-)
+from cmkd_scale.stages.common import Taught, load_trained, open_split_for, start_engine
 from cmkd_scale.stages.runs import write_file, write_results
 from cmkd_scale.stages.streams import SplitData, open_quarantine
 
 _BATCH_SIZE = 128
+_NEIGHBOURS = 8  # prototypes that vote on a class
+_NEIGHBOURHOOD = 0.1  # in units of the cost scale: so much farther, a vote counts 1/e
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -45,7 +45,9 @@ def evaluate(config: Config) -> dict[str, Any]:
     directory = Path(str(config.run.dir))
     trained = load_trained(directory, "student")
     data = open_split_for(trained, config, config.data.test_split)
-    metrics = evaluate_model(trained.model, data, engine.device, directory)
+    metrics = evaluate_model(
+        trained.model, data, engine.device, directory, taught_by=trained.taught_by
+    )
     return write_results(
         directory,
         stage="evaluate",
@@ -113,7 +115,12 @@ def infer(
 
 
 def evaluate_model(
-    model: Model, data: SplitData, device: torch.device, directory: Path
+    model: Model,
+    data: SplitData,
+    device: torch.device,
+    directory: Path,
+    *,
+    taught_by: Sequence[Taught] = (),
 ) -> dict[str, Any]:
     """Accuracy, cross-entropy and per-class accuracy on a split; a collective call.
 
@@ -122,6 +129,7 @@ def evaluate_model(
         data: the split.
         device: where to compute.
         directory: where rank 0 writes ``predictions.safetensors``.
+        taught_by: memories that the features are compared with, too.
 
     Raises:
         IntegrityError: more of the samples are damaged than ``data.max_bad_fraction`` allows.
@@ -149,4 +157,38 @@ def evaluate_model(
         "test/per_class_accuracy": per_class,
         "test/samples": len(labels),
         "test/skipped": len(quarantine),
+        **_compare(features, labels, taught_by),
     }
+
+
+@torch.no_grad()
+def _compare(features: Tensor, labels: Tensor, taught_by: Sequence[Taught]) -> dict[str, float]:
+    """How well the features have come to mean what the memories' do; means over memories.
+
+    ``nearest_prototype``: the class of the nearest prototype; ``knn``: the class that nearby
+    prototypes hold most mass of, the farther the less; ``teacher_head``: what the teacher's head says of the features.
+    Of all samples: those of classes that a memory lacks count as wrong.
+    """
+    found: dict[str, float] = {}
+    for taught in taught_by:
+        memory, z = taught.memory, taught.projector.cpu()(features)
+        index = PrototypeIndex(memory.prototypes)
+        distance, ids = index.nearest(z, min(_NEIGHBOURS, len(memory.prototypes)))
+        # A search may find fewer than asked for: an id of -1 has no mass.
+        mass = torch.where(ids >= 0, memory.prototype_mass[ids], 0.0)
+        farther = (distance - distance[:, :1]) / memory.cost_scale
+        mass = mass * torch.exp(-farther / _NEIGHBOURHOOD).nan_to_num()
+        classes = memory.prototype_class[ids]
+        votes = torch.zeros(len(z), len(memory.class_names)).scatter_add_(1, classes, mass)
+        known = torch.bincount(memory.prototype_class, minlength=len(memory.class_names)) > 0
+        logits = z @ memory.head_weight.T + memory.head_bias
+        says = {
+            "nearest_prototype": classes[:, 0],
+            "knn": votes.argmax(1),
+            "teacher_head": exclude_classes(logits, ~known).argmax(1),
+        }
+        for name, predicted in says.items():
+            key = f"test/{name}_accuracy"
+            right = float((predicted == labels).double().mean())
+            found[key] = found.get(key, 0.0) + right / len(taught_by)
+    return found

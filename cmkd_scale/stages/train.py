@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,7 @@ from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.alignment import align_to_student
 from cmkd_scale.memory.bank import PrototypeMemory, memory_bytes
 from cmkd_scale.monitoring.sinks import ConsoleSink, JsonlSink, PrometheusSink, Sinks
-from cmkd_scale.stages.common import (
-    ModelSpec,
-    make_spec,
-    start_engine,
-)
+from cmkd_scale.stages.common import ModelSpec, Taught, make_spec, start_engine
 from cmkd_scale.stages.evaluate import evaluate_model
 from cmkd_scale.stages.runs import open_run, write_results
 from cmkd_scale.stages.streams import (
@@ -67,7 +64,8 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
     _check_labels(data, test)
     directory = open_run(config, recipe.stage)
     spec = make_spec(config, data, recipe.feature_dim)
-    trainer = _make_trainer(config, recipe, engine, data, spec, directory)
+    memories = [align_to_student(memory, spec.label_names) for memory in recipe.memories]
+    trainer = _make_trainer(config, recipe, memories, engine, data, spec, directory)
     compare_streams(config, data, recipe.memories, directory, say=console)
     found = load_newest(directory / "checkpoints")
     if found is not None:
@@ -86,7 +84,10 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
     finally:
         for sink in sinks:
             sink.close()
-    metrics = evaluate_model(engine.module.model, test, engine.device, directory)
+    module = engine.module
+    pairs = zip(memories, module.projectors, strict=True)
+    taught_by = [Taught(memory, projector) for memory, projector in pairs]
+    metrics = evaluate_model(module.model, test, engine.device, directory, taught_by=taught_by)
     return write_results(
         directory,
         stage=recipe.stage,
@@ -103,6 +104,7 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
 def _make_trainer(
     config: Config,
     recipe: Recipe,
+    memories: Sequence[PrototypeMemory],
     engine: Engine,
     data: SplitData,
     spec: ModelSpec,
@@ -111,7 +113,6 @@ def _make_trainer(
     """Model, losses and loader of a run that stands at step 0."""
     torch.manual_seed(config.run.seed)
     model = spec.build()
-    memories = [align_to_student(memory, spec.label_names) for memory in recipe.memories]
     blobs = {blob_name(number): memory_bytes(memory) for number, memory in enumerate(memories)}
     options = alignment_options(config)
     targets = [

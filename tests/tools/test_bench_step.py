@@ -23,6 +23,7 @@ TINY = variants.Setting(
     dim=8,
     batch=6,
     width=8,
+    depth=1,
     student_shape=(1, 8, 12),
     teacher_shape=(1, 10, 8),
     sizes=(8, 20),

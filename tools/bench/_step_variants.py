@@ -26,6 +26,7 @@ from tools.bench._reference_steps import PairedBatch, ReferenceOptions
 ReferenceStep = Callable[[Model, Model, torch.optim.Optimizer, PairedBatch, ReferenceOptions], None]
 
 OPTIONS = ReferenceOptions()
+SIZES = (1600, 8000, 100_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,14 @@ class Setting:
     classes: int = 100
     dim: int = 128
     batch: int = 64
-    width: int = 32
+    width: int = 64
+    depth: int = 2
+    """With a width of 64: the first three stages of ResNet-18, which the peers' figures are of."""
     student_shape: tuple[int, int, int] = (1, 40, 64)
     """A log-mel."""
     teacher_shape: tuple[int, int, int] = (1, 28, 56)
     """A picture of two digits."""
-    sizes: tuple[int, ...] = (1600, 8000, 100_000)
+    sizes: tuple[int, ...] = SIZES
     """Prototypes of the memories."""
     counted_size: int = 8000
     """The one whose run is counted as a whole."""
@@ -56,12 +59,12 @@ class Setting:
         return self.epochs * math.ceil(self.samples / self.batch)
 
     def model(self, shape: tuple[int, int, int]) -> Model:
-        """A small ResNet."""
+        """A ResNet."""
         return build_model(
             encoder="resnet",
             shape=shape,
             width=self.width,
-            depth=1,
+            depth=self.depth,
             feature_dim=self.dim,
             classes=self.classes,
         )
