@@ -76,6 +76,9 @@ class Distillation(nn.Module):
             nn.Identity() if number == shares else make_projector(width, target.feature_dim)
             for number, target in enumerate(targets)
         )
+        for target, projector in zip(targets, self.projectors, strict=True):
+            # One that no loss reads has no gradient, which DDP would wait for.
+            projector.requires_grad_(target.reads_features)
         self.weights: Mapping[str, float] = {
             name: weight for name, weight in method.weights.items() if weight > 0
         }

@@ -112,6 +112,7 @@ class MemoryTargets(MemoryBuffers):
         self.feature_dim = memory.feature_dim
         self.cost_scale = float(memory.cost_scale)
         self.moves = bool(needs & _TRANSPORTED)
+        self.reads_features = bool(needs & (_TRANSPORTED | {"bures", "teacher_logits"}))
         relaxation = options.mass_relaxation
         self.potentials = Potentials(
             memory.prototype_mass,

@@ -188,6 +188,14 @@ def test_a_projector_bridges_widths_and_carries_the_head_across(dim: int) -> Non
     assert {"projectors.0.weight", "projectors.0.bias"} <= set(module.state_dict())
 
 
+def test_a_projector_that_no_loss_reads_is_not_trained() -> None:
+    # Under DDP a trained parameter without a gradient ends the run.
+    module = make("kd_memory", dim=12)
+    module(*batch(), 0).loss.backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+
+
 def test_a_projector_keeps_the_size_of_features() -> None:
     # Features of unit mean square, as the model's last norm gives them.
     narrow, wide = make_projector(8, 32), make_projector(32, 8)
