@@ -287,7 +287,8 @@ class MemoryTargets(MemoryBuffers):
         mine = slice(distributed.rank(), None, distributed.world_size())
         features, labels = features[mine], labels[mine]
         share = self.shared_classes[labels].float()
-        at = Moment(step, self._epsilon(step))
+        # Ranks may hold parts of the ring of other lengths, and then move other numbers of pieces.
+        at = Moment(step, self._epsilon(step), all_ranks_move=False)
         for _ in range(self.options.refresh_iterations):
             sent = torch.zeros(
                 len(self.potentials.value) + len(self.shared_classes), device=features.device

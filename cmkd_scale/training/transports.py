@@ -89,6 +89,8 @@ class Moment(NamedTuple):
     step: int
     epsilon: float
     """Entropic regularisation, in units of the cost."""
+    all_ranks_move: bool = True
+    """Whether every rank moves a batch now, so that collective calls are in order."""
 
 
 class Moved(NamedTuple):
@@ -313,7 +315,7 @@ class GlobalTransport(MemoryBuffers):
         if not self.searches:
             return None
         wanted = self.options.search_candidates or len(self.prototypes)
-        due = at.step % self.options.search_refresh_steps == 0
+        due = at.all_ranks_move and at.step % self.options.search_refresh_steps == 0
         if due:
             # A score is (v - c) / epsilon + log b: log b acts like a potential.
             self.searched.copy_(potentials.current + at.epsilon * log_mass.clamp(min=-1e4))
