@@ -128,9 +128,10 @@ class MethodConfig(Section):
     epsilon_end: float = Field(0.02, gt=0)
     """Entropic regularisation at the end, reached geometrically half-way."""
     potential_rate: float = Field(0.1, gt=0)
-    """Step size of the transport potentials."""
-    potential_optimizer: Literal["sgd", "averaged", "adam"] = "sgd"
-    """How potentials ascend: plain steps, plain steps of which the average is used, Adam."""
+    """Largest step of the transport potentials, in units of the median cost; a class of which a
+    batch holds few samples moves less."""
+    potential_optimizer: Literal["sgd", "averaged"] = "averaged"
+    """Whether plans are made with the potentials that ascend, or with their average."""
     mass_relaxation: float | None = Field(None, gt=0)
     """rho of the unbalanced problem, in units of the median cost; unset: masses are kept."""
     debias: bool = False

@@ -94,30 +94,39 @@ def exchange_rows(rows: Tensor, owner: Tensor) -> Tensor:
 class Pending:
     """A collective under way, which began before work that it need not wait for."""
 
-    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
-        """Take what the collective writes into; without ``work`` it is there already."""
+    def __init__(
+        self, result: Tensor, work: dist.Work | None = None, device: torch.device | None = None
+    ) -> None:
+        """Take what the collective writes into; without ``work`` it is there already.
+
+        ``device`` is where the result is wanted; None leaves it where it is.
+        """
         self._result = result
         self._work = work
+        self._device = device or result.device
         self.bytes_on_wire = 0.0
         """What this rank sends, by the formula of the ring algorithm."""
 
     def wait(self) -> Tensor:
-        """The result, once it is there."""
+        """The result, once it is there, on the device of the tensor that was given."""
         if self._work is not None:
             self._work.wait()
             self._work = None
+            # NCCL moves device tensors only, so that of a CPU tensor lies on a GPU.
+            self._result = self._result.to(self._device)
         return self._result
 
 
 def start_all_reduce_sum(tensor: Tensor) -> Pending:
     """Begin to sum ``tensor`` over ranks; it must not be touched before ``wait``.
 
-    A ring sends ``2 (W - 1) / W`` times the tensor.
+    The sum is what ``wait`` returns, on the tensor's device; whether the tensor itself holds it,
+    too, depends on the backend. A ring sends ``2 (W - 1) / W`` times the tensor.
     """
     if world_size() == 1 or tensor.numel() == 0:
         return Pending(tensor)
     wire = _on_wire(tensor)
-    pending = Pending(wire, dist.all_reduce(wire, async_op=True))
+    pending = Pending(wire, dist.all_reduce(wire, async_op=True), tensor.device)
     ranks = world_size()
     pending.bytes_on_wire = 2 * (ranks - 1) / ranks * wire.numel() * wire.element_size()
     return pending
@@ -126,14 +135,14 @@ def start_all_reduce_sum(tensor: Tensor) -> Pending:
 def start_gather(tensor: Tensor) -> Pending:
     """Begin to gather tensors of one shape: the result is [W, ...], in the order of ranks.
 
-    A ring sends ``W - 1`` times the tensor.
+    It is on the tensor's device. A ring sends ``W - 1`` times the tensor.
     """
     if world_size() == 1:
         return Pending(tensor.unsqueeze(0))
     wire = _on_wire(tensor)
     gathered = wire.new_empty((world_size(), *wire.shape))
     work = dist.all_gather(list(gathered.unbind(0)), wire, async_op=True)
-    pending = Pending(gathered, work)
+    pending = Pending(gathered, work, tensor.device)
     pending.bytes_on_wire = (world_size() - 1) * wire.numel() * wire.element_size()
     return pending
 
@@ -175,18 +184,31 @@ def run_on_main(work: Callable[[], object]) -> None:
     Raises:
         CmkdError: what ``work`` raised on rank 0; elsewhere one with the same exit code.
     """
+    run_together(work if is_main() else lambda: None)
+
+
+def run_together(work: Callable[[], object]) -> None:
+    """Do ``work`` on every rank; a failure of any ends all alike, so none waits for it in vain.
+
+    A rank that fails is waited for at the end of ``work``: collectives in it are allowed where
+    none can fail before one of them.
+
+    Raises:
+        CmkdError: what ``work`` raised here; where it raised nothing, one with the exit code of
+            the first rank that failed.
+    """
     failure = None
-    if is_main():
-        try:
-            work()
-        except CmkdError as error:
-            failure = error
-    code = gather_integers(failure.exit_code if failure else 0)[0]
+    try:
+        work()
+    except CmkdError as error:
+        failure = error
+    codes = gather_integers(failure.exit_code if failure else 0)
     if failure is not None:
         raise failure
-    if code:
-        stopped = CmkdError("stopped, because rank 0 did; its message says why.")
-        stopped.exit_code = code
+    failed = next((number for number, code in enumerate(codes) if code), None)
+    if failed is not None:
+        stopped = CmkdError(f"stopped, because rank {failed} did; its message says why.")
+        stopped.exit_code = codes[failed]
         raise stopped
 
 

@@ -9,6 +9,26 @@ from cmkd_scale import distributed
 from cmkd_scale.errors import UsageError
 from tests.conftest import REPOSITORY, Launch
 
+FAILING = """
+import sys
+import torch.distributed as dist
+from cmkd_scale import distributed
+from cmkd_scale.errors import CmkdError, IntegrityError
+dist.init_process_group("gloo")
+rank = distributed.rank()
+def work():
+    if rank == 1:
+        raise IntegrityError("broken")
+try:
+    distributed.run_together(work)
+except CmkdError as error:
+    own = isinstance(error, IntegrityError)
+    print(f"rank {rank} own={own} code={error.exit_code} {error}\\n", end="", flush=True)
+done = []
+distributed.run_together(lambda: done.append(rank))
+assert done == [rank]
+dist.destroy_process_group()
+"""
 SCRIPT = REPOSITORY / "tests" / "scripts" / "collectives.py"
 
 
@@ -76,3 +96,32 @@ def test_exchanges_and_collectives_under_way(launch: Launch, processes: int) -> 
     script = SCRIPT.with_name("async_collectives.py")
     done = launch(script, processes=processes)
     assert done.stdout.count("async collectives right") == processes
+
+
+@pytest.mark.multirank
+def test_a_failure_of_one_rank_ends_all_alike(launch: Launch, tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    lines = launch(script, processes=3).stdout.splitlines()
+    because = "own=False code=42 stopped, because rank 1 did; its message says why."
+    expected = [f"rank 0 {because}", "rank 1 own=True code=42 broken", f"rank 2 {because}"]
+    assert sorted(line for line in lines if line) == expected
+
+
+def test_a_failure_with_one_process_is_its_own() -> None:
+    def work() -> None:
+        raise UsageError("wrong")
+
+    with pytest.raises(UsageError, match="wrong"):
+        distributed.run_together(work)
+
+
+def test_a_result_is_where_the_tensor_was() -> None:
+    class Work:
+        def wait(self) -> None:
+            pass
+
+    # As with NCCL, where what arrives for a CPU tensor lies on another device.
+    pending = distributed.Pending(torch.ones(3), Work(), torch.device("meta"))  # type: ignore[arg-type]
+    assert pending.wait().device == torch.device("meta")
+    assert pending.wait().device == torch.device("meta")

@@ -17,7 +17,6 @@ _SMALLEST = 1e-8
 
 def class_bures(
     features: Tensor,
-    labels: Tensor,
     *,
     student_mean: Tensor,
     student_variance: Tensor,
@@ -34,18 +33,18 @@ def class_bures(
 
     Args:
         features: [B, D]
-        labels: [B] int64
-        student_mean: [C, D]
-        student_variance: [C, D]
-        teacher_mean: [C, D]
-        teacher_variance: [C, D]
+        student_mean: [B, D] of each sample's class.
+        student_variance: [B, D]
+        teacher_mean: [B, D]
+        teacher_variance: [B, D]
         scale: unit of length.
     """
     with torch.no_grad():
-        mean, other = student_mean[labels], teacher_mean[labels]
-        deviation = student_variance[labels].clamp(min=_SMALLEST).sqrt()
-        wanted = teacher_variance[labels].clamp(min=0.0).sqrt()
-        value = ((mean - other).square() + (deviation - wanted).square()).sum(1) / scale**2
-        moved = other + wanted / deviation * (features.float() - mean)
+        deviation = student_variance.clamp(min=_SMALLEST).sqrt()
+        wanted = teacher_variance.clamp(min=0.0).sqrt()
+        value = ((student_mean - teacher_mean).square() + (deviation - wanted).square()).sum(
+            1
+        ) / scale**2
+        moved = teacher_mean + wanted / deviation * (features.float() - student_mean)
         gradient = 2.0 * (features.float() - moved) / scale**2
     return with_gradient(features, value, gradient)

@@ -31,6 +31,8 @@ class Assignment(NamedTuple):
     """[B] transported cost of each sample, with the envelope gradient to its features."""
     plan: Tensor
     """[B, K] share of the sample that each of its candidates receives, without gradient."""
+    ascent: Tensor
+    """[B, K] the same under the potentials that ascend, where the plan is made with others."""
 
 
 class _Envelope(torch.autograd.Function):
@@ -61,6 +63,7 @@ def class_masked(
     square_norms: Tensor,
     log_mass: Tensor,
     potentials: Tensor,
+    ascending: Tensor | None = None,
     scale: float,
     epsilon: float,
     squared: bool = False,
@@ -75,6 +78,7 @@ def class_masked(
         square_norms: [C, K] their squared lengths.
         log_mass: [B, K] log of the target masses, -inf where there is no prototype.
         potentials: [B, K] dual potentials, in units of the cost.
+        ascending: [B, K] the potentials that ascend, if the plan is made with an average of them.
         scale: s.
         epsilon: entropic regularisation, in units of the cost.
         squared: whether the cost is the squared distance.
@@ -87,12 +91,13 @@ def class_masked(
             y, z = labels[part], x[part]
             square = block_products(blocks, y, z).mul_(-2.0).add_(square_norms[y])
             cost = _ground_cost(square.add_(z.square().sum(1, keepdim=True)), scale, squared)
-            plan = semi_dual_plan(cost, log_mass[part], potentials[part], epsilon)
+            rising = None if ascending is None else ascending[part]
+            plan, ascent = _plans(cost, log_mass[part], potentials[part], rising, epsilon)
             pull = _pull(plan, cost, scale, squared)
             gradient = z * pull.sum(1, keepdim=True) - block_sums(pull, blocks, y)
-            parts.append((cost.mul_(plan).sum(1), gradient, plan))
-        value, gradient, plan = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return Assignment(with_gradient(features, value, gradient), plan)
+            parts.append((cost.mul_(plan).sum(1), gradient, plan, ascent))
+        value, gradient, plan, ascent = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Assignment(with_gradient(features, value, gradient), plan, ascent)
 
 
 def against_all(
@@ -102,6 +107,7 @@ def against_all(
     square_norms: Tensor,
     log_mass: Tensor,
     potentials: Tensor,
+    ascending: Tensor | None = None,
     scale: float,
     epsilon: float,
     squared: bool = False,
@@ -115,6 +121,7 @@ def against_all(
         square_norms: [J] their squared lengths.
         log_mass: [J] log of the target masses.
         potentials: [J]
+        ascending: [J] as in ``class_masked``.
         scale: s.
         epsilon: entropic regularisation, in units of the cost.
         squared: whether the cost is the squared distance.
@@ -125,11 +132,11 @@ def against_all(
         square = torch.addmm(square_norms.unsqueeze(0), x, prototypes.T, alpha=-2.0)
         cost = _ground_cost(square.add_(x.square().sum(1, keepdim=True)), scale, squared)
         priced = cost if label_cost is None else cost + label_cost
-        plan = semi_dual_plan(priced, log_mass, potentials, epsilon)
+        plan, ascent = _plans(priced, log_mass, potentials, ascending, epsilon)
         pull = _pull(plan, cost, scale, squared)
         gradient = x * pull.sum(1, keepdim=True) - pull @ prototypes
         value = (plan * priced).sum(1)
-    return Assignment(with_gradient(features, value, gradient), plan)
+    return Assignment(with_gradient(features, value, gradient), plan, ascent)
 
 
 def against_candidates(
@@ -138,6 +145,7 @@ def against_candidates(
     candidates: Tensor,
     log_mass: Tensor,
     potentials: Tensor,
+    ascending: Tensor | None = None,
     scale: float,
     epsilon: float,
     squared: bool = False,
@@ -149,6 +157,7 @@ def against_candidates(
         candidates: [B, K, D] prototypes.
         log_mass: [B, K] log of the target masses, -inf where the search found nothing.
         potentials: [B, K]
+        ascending: [B, K] as in ``class_masked``.
         scale: s.
         epsilon: entropic regularisation, in units of the cost.
         squared: whether the cost is the squared distance.
@@ -156,11 +165,11 @@ def against_candidates(
     with torch.no_grad():
         apart = features.float().unsqueeze(1) - candidates
         cost = _ground_cost(apart.square().sum(2), scale, squared)
-        plan = semi_dual_plan(cost, log_mass, potentials, epsilon)
+        plan, ascent = _plans(cost, log_mass, potentials, ascending, epsilon)
         pull = _pull(plan, cost, scale, squared)
         gradient = torch.bmm(pull.unsqueeze(1), apart).squeeze(1)
         value = (plan * cost).sum(1)
-    return Assignment(with_gradient(features, value, gradient), plan)
+    return Assignment(with_gradient(features, value, gradient), plan, ascent)
 
 
 def against_own(
@@ -252,6 +261,16 @@ def _ground_cost(square: Tensor, scale: float, squared: bool) -> Tensor:
         return square.clamp_(min=0.0).div_(scale**2)
     # Closer than rounding can tell, a sample stands at the prototype: its cost has no slope there.
     return square.clamp_(min=(_CLOSEST * scale) ** 2).sqrt_().div_(scale)
+
+
+def _plans(
+    cost: Tensor, log_mass: Tensor, potentials: Tensor, ascending: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The plan, and the one under the potentials that ascend."""
+    plan = semi_dual_plan(cost, log_mass, potentials, epsilon)
+    if ascending is None:
+        return plan, plan
+    return plan, semi_dual_plan(cost, log_mass, ascending, epsilon)
 
 
 def _pull(plan: Tensor, cost: Tensor, scale: float, squared: bool) -> Tensor:

@@ -7,29 +7,33 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.memory.soft_labels import SoftLabels, compress, concatenate
 
 _ROWS = 4096  # soft labels are written out for so many prototypes at a time
+_LEAST = 1e-6  # probability of the classes in common, below which it says nothing of them
 
 
 def align_to_student(memory: PrototypeMemory, student_names: Sequence[str]) -> PrototypeMemory:
     """Bring a memory into a student's classes and their order.
 
     Classes that only the teacher knows are dropped and soft labels renormalised over the
-    rest. Classes that only the student knows, or that the teacher's data lacked, keep a count
-    of 0, no prototypes, and a head row of zeros.
+    rest. Classes that only the student knows, or of which no sample was kept (the teacher's data
+    lacked them, or they were damaged), have counts of 0, no prototypes, and a head row of zeros.
 
     Raises:
         UsageError: the two have no class name in common.
     """
-    # A class that the teacher's data lacked has a name but no knowledge.
+    # A class without prototypes has a name but no knowledge.
     source = {
         name: index
-        for index, name in enumerate(memory.class_names)
-        if memory.class_count[index] > 0
+        for index, (name, kept) in enumerate(
+            zip(memory.class_names, memory.class_kept.tolist(), strict=True)
+        )
+        if kept > 0
     }
     origin = torch.tensor([source.get(name, -1) for name in student_names])
     known = origin >= 0
@@ -47,7 +51,7 @@ def align_to_student(memory: PrototypeMemory, student_names: Sequence[str]) -> P
     # Prototypes in the order of the student's classes: equal names give equal bytes.
     kept = torch.argsort(new_class, stable=True)
     kept = kept[new_class[kept] >= 0]
-    soft = _in_student_classes(memory, kept, origin)
+    soft = _in_student_classes(memory, kept, origin, new_class[kept])
     return replace(
         memory,
         class_names=tuple(student_names),
@@ -69,19 +73,27 @@ def align_to_student(memory: PrototypeMemory, student_names: Sequence[str]) -> P
     )
 
 
-def _in_student_classes(memory: PrototypeMemory, kept: Tensor, origin: Tensor) -> SoftLabels:
-    """Soft labels of the prototypes ``kept``, over the classes that both sides know."""
+def _in_student_classes(
+    memory: PrototypeMemory, kept: Tensor, origin: Tensor, own: Tensor
+) -> SoftLabels:
+    """Soft labels of the prototypes ``kept``, over the classes that both sides know.
+
+    Where next to nothing was said of these classes, all goes to the prototype's own: what is left
+    of a sure teacher's error is rounding, and would be blown up to a soft label.
+    """
     everything = torch.ones(len(memory.class_names), dtype=torch.bool)
     keep = memory.soft_label_values.shape[1]
     parts = []
-    for rows in kept.split(_ROWS):
+    for rows, labels in zip(kept.split(_ROWS), own.split(_ROWS), strict=True):
         soft = SoftLabels(
             memory.soft_label_values[rows],
             memory.soft_label_classes[rows],
             memory.soft_label_rest[rows],
         )
         taken = _rows(soft.dense(everything).T, origin, fill=0.0).T
-        taken = taken / taken.sum(1, keepdim=True).clamp(min=1e-12)
+        total = taken.sum(1, keepdim=True)
+        certain = functional.one_hot(labels, len(origin)).to(taken.dtype)
+        taken = torch.where(total < _LEAST, certain, taken / total.clamp(min=_LEAST))
         parts.append(compress(taken.contiguous(), keep, known=origin >= 0))
     return concatenate(parts)
 

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.files import sync
+from cmkd_scale.memory.kmeans import prototype_count
 
 FORMAT_VERSION = 2
 FILE_NAME = "memory.safetensors"
@@ -54,11 +56,12 @@ class PrototypeMemory:
     """[C, D] variance of each feature."""
     class_factor: Tensor
     """[C, R, D] leading directions F of the covariance, each as long as the standard deviation
-    along it: covariance = F^T F + what ``class_variance`` leaves on the diagonal."""
+    along it: covariance = F^T F + what ``class_variance`` leaves on the diagonal, 0 or more."""
     class_count: Tensor
     """[C] int64 samples seen; 0 for a class the teacher's data lacks."""
     class_kept: Tensor
-    """[C] int64 of them, those that were clustered."""
+    """[C] int64 of them, those that were clustered: a class is known, and has prototypes, if
+    there is one."""
     class_risk: Tensor
     """[C] cross-entropy in nats of the teacher on held-out samples; NaN where there are none."""
     head_weight: Tensor
@@ -102,15 +105,17 @@ class PrototypeMemory:
 def thin_classes(memory: PrototypeMemory) -> dict[str, dict[str, Any]]:
     """Classes of which there is little to know: how many, and the names of the first ten.
 
-    A class with one sample has one prototype, a radius of 0 and no covariance. A prototype
-    stands for two samples at least, so a class with fewer has fewer prototypes than were
-    asked for (``prototypes_per_class`` in the provenance).
+    A class with one sample has one prototype, a radius of 0 and no covariance. A class has fewer
+    prototypes than were asked for (``prototypes_per_class`` in the provenance; without it, the
+    rule of ``prototype_count``) if its samples are equal, or fewer than two a prototype.
     """
-    kept, wanted = memory.class_kept, memory.provenance.get("prototypes_per_class") or 1
+    kept, wanted = memory.class_kept, memory.provenance.get("prototypes_per_class")
+    found = memory.prototype_class.bincount(minlength=len(kept))
+    asked = [wanted or prototype_count(samples, None) for samples in kept.tolist()]
     chosen = {
         "without_samples": kept == 0,
         "with_one_sample": kept == 1,
-        "with_fewer_prototypes": (kept > 0) & (kept < 2 * int(wanted)),
+        "with_fewer_prototypes": (kept > 0) & (found < torch.tensor(asked)),
     }
     return {
         name: {

@@ -19,25 +19,31 @@ from torch import Tensor
 from cmkd_scale import distributed
 from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.bank import PrototypeMemory
+from cmkd_scale.memory.kmeans import prototype_count
 from cmkd_scale.memory.one_class import CLASS_ROWS, SAMPLE_ROWS, Recipe, describe_class, empty_rows
 from cmkd_scale.memory.spool import Spool
 from cmkd_scale.memory.statistics import Moments
 from cmkd_scale.memory.sync import exchange_moments, merge_moments
 
 BLOCK_BYTES = 256 * 2**20
-"""What the classes of one block take on each rank, on average: their features are spread over
-ranks, their rows of the memory are on every one."""
-_ROWS_OF_A_CLASS = 32  # of the width of a feature: prototypes, soft labels, moments, factor
+"""What the classes of one block take on a rank: the features that it reads from its parts, and
+the rows of the memory, which are on every rank. At the peak the features are there about four
+times: as read, sorted for sending, on the way, and received."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What the pass has left, on all ranks."""
 
-    kept: Tensor
-    """[C] int64 samples of each class whose features are kept."""
+    held: Tensor
+    """[W, C] int64 samples of each class whose features are kept in the parts of each rank."""
     rest: Tensor
     """[C] int64 samples of each class of which there are only sums."""
+
+    @property
+    def kept(self) -> Tensor:
+        """[C] int64 samples of each class whose features are kept."""
+        return self.held.sum(0)
 
 
 def build_memory(
@@ -65,13 +71,14 @@ def build_memory(
     Raises:
         UsageError: no sample at all.
     """
-    classes, dim = recipe.head_weight.shape
+    classes = len(recipe.head_weight)
     merge_moments(risk)
-    sizes = Sizes(*map(distributed.all_reduce_sum, spool.counts(classes)))
+    kept, rest = spool.counts(classes)
+    sizes = Sizes(distributed.gather_rows(kept.unsqueeze(0)), distributed.all_reduce_sum(rest))
     if int(sizes.kept.sum()) == 0:
         raise UsageError("The teacher's data has no labelled sample to build a memory from.")
     blocks: list[dict[str, Tensor]] = []
-    for first, stop in class_blocks(sizes.kept, dim, distributed.world_size()):
+    for first, stop in class_blocks(sizes.held, recipe):
         blocks.append(_build_block(spool, sizes, first, stop, recipe))
         progress(stop, classes)
     # Field by field: at any time, only one of them is there twice.
@@ -91,25 +98,40 @@ def build_memory(
     )
 
 
-def class_blocks(kept: Tensor, dim: int, ranks: int) -> Iterator[tuple[int, int]]:
-    """Consecutive classes that take about ``BLOCK_BYTES`` a rank, or a single class.
+def class_blocks(held: Tensor, recipe: Recipe) -> Iterator[tuple[int, int]]:
+    """Consecutive classes that take at most ``BLOCK_BYTES`` on every rank, or a single class.
 
     Args:
-        kept: [C] samples of each class.
-        dim: width D of their features.
-        ranks: how many share the work.
+        held: [W, C] kept samples of each class in the parts of each rank.
+        recipe: how a class becomes rows.
 
     Yields:
         The first class of a block, and the one after its last.
     """
-    first, size = 0, 0
-    for label, samples in enumerate(kept.tolist()):
-        row_bytes = 4 * dim * (samples + ranks * _ROWS_OF_A_CLASS)
-        if size and size + row_bytes > BLOCK_BYTES * ranks:
+    row_bytes = _row_bytes(held.sum(0), recipe)
+    bytes_of = (4 * recipe.head_weight.shape[1] * held + row_bytes).T
+    first, size = 0, torch.zeros_like(bytes_of[0])
+    for label, on_ranks in enumerate(bytes_of):
+        if label > first and int((size + on_ranks).max()) > BLOCK_BYTES:
             yield first, label
-            first, size = label, 0
-        size += row_bytes
-    yield first, len(kept)
+            first, size = label, torch.zeros_like(size)
+        size = size + on_ranks
+    yield first, len(bytes_of)
+
+
+def _row_bytes(kept: Tensor, recipe: Recipe) -> Tensor:
+    """[C] bytes of each class's rows of the memory, which are on every rank."""
+    tables = empty_rows(recipe)
+    widths = {name: rows.element_size() * rows.shape[1:].numel() for name, rows in tables.items()}
+    of_class = sum(width for name, width in widths.items() if name in CLASS_ROWS | {"label"})
+    of_sample = sum(width for name, width in widths.items() if name in SAMPLE_ROWS)
+    of_prototype = sum(widths.values()) - of_class - of_sample
+    counts = [prototype_count(samples, recipe.prototypes_per_class) for samples in kept.tolist()]
+    prototypes = torch.tensor(counts)
+    if recipe.previous is not None:
+        before = recipe.previous.prototype_class.bincount(minlength=len(kept))
+        prototypes = torch.where(before > 0, before, prototypes)
+    return of_class + of_sample * kept + of_prototype * prototypes
 
 
 def owners(kept: Tensor, ranks: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Leading directions of a class's covariance, so that it is diagonal plus low rank.
 
 Covariance of class c is taken as ``F^T F + diag(variance - sum of F^2 over rows)``: right on
-the diagonal, and as near to the whole as a factor of R rows can be (Eckart and Young 1936).
+the diagonal, and as near to the whole as a factor of R rows can be (Eckart and Young 1936),
+but for features whose variance is less than the factor says (``within_variance``).
 """
 
 from __future__ import annotations
@@ -41,3 +42,24 @@ def low_rank_factor(features: Tensor, rank: int) -> Tensor:
     largest = found.gather(1, found.abs().argmax(1, keepdim=True))
     factor[: len(found)] = (found * largest.sign()).float()
     return factor
+
+
+def within_variance(factor: Tensor, variance: Tensor) -> Tensor:
+    """Shorten a factor where it says more than the variance, feature by feature.
+
+    Directions are those of the samples that were kept and variances those of all samples, so a
+    feature may vary more among the former. With S diagonal, ``S F^T F S`` stays positive
+    semi-definite, and what is left on the diagonal is not negative.
+
+    Args:
+        factor: F [..., R, D].
+        variance: [..., D] float32.
+
+    Returns:
+        F S; the same bits where nothing was too long.
+    """
+    found = factor.square().sum(-2, dtype=torch.float64)
+    # A little less than the variance, so that rounding to float32 leaves no negative rest.
+    allowed = variance.double() * (1.0 - 2.0**-21)
+    scale = torch.where(found > allowed, (allowed / found.clamp(min=1e-300)).sqrt(), 1.0)
+    return factor * scale.float().unsqueeze(-2)

@@ -7,10 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from cmkd_scale.memory.covariance import low_rank_factor
+from cmkd_scale.memory.bank import PrototypeMemory
+from cmkd_scale.memory.covariance import low_rank_factor, within_variance
 from cmkd_scale.memory.kmeans import Clusters, cluster, lloyd_step, prototype_count
-from cmkd_scale.memory.soft_labels import MOST_LISTED, compress, mean_probabilities
+from cmkd_scale.memory.soft_labels import (
+    MOST_LISTED,
+    SoftLabels,
+    compress,
+    head_says,
+    mean_probabilities,
+)
 from cmkd_scale.memory.statistics import Moments
 
 CLASS_ROWS = frozenset(
@@ -36,17 +44,22 @@ class Recipe:
     covariance_rank: int = 4
     seed: int = 0
     """Of k-means."""
-    previous: Tensor | None = None
-    """[J, D] prototypes of an earlier memory of a teacher that has moved since: each class goes
-    one pass of k-means on from them, so that they keep their number and their order."""
-    previous_class: Tensor | None = None
-    """[J] their classes, ascending."""
+    previous: PrototypeMemory | None = None
+    """A memory of the teacher before it moved: each class goes one pass of k-means on from its
+    prototypes, so that they keep their number and their order; one that has lost its samples
+    stays as it was. Only classes that are new change the number of prototypes."""
+
+    def rows_before(self, label: int) -> slice:
+        """Which rows of ``previous`` a class has; none if it is new."""
+        if self.previous is None:
+            return slice(0, 0)
+        edges = torch.tensor([label, label + 1])
+        return slice(*torch.searchsorted(self.previous.prototype_class, edges).tolist())
 
     def cluster(self, label: int, features: Tensor) -> Clusters:
         """Prototypes of a class with samples ``features`` [n, D], n >= 1."""
-        if self.previous is not None and self.previous_class is not None:
-            edges = torch.searchsorted(self.previous_class, torch.tensor([label, label + 1]))
-            centres = self.previous[edges[0] : edges[1]]
+        if self.previous is not None:
+            centres = self.previous.prototypes[self.rows_before(label)]
             if len(centres):
                 return lloyd_step(features.numpy(), centres.numpy())
         wanted = prototype_count(len(features), self.prototypes_per_class)
@@ -56,7 +69,7 @@ class Recipe:
 def describe_class(
     label: int, features: Tensor, rest: tuple[Tensor, ...], recipe: Recipe
 ) -> dict[str, Tensor]:
-    """Rows of the memory's tables for one class; none of prototypes if it has no sample.
+    """Rows of the memory's tables for one class; none of prototypes if no sample is kept.
 
     Args:
         label: the class.
@@ -64,18 +77,23 @@ def describe_class(
         rest: integer sums [1], [1, D], [1, D] of its other samples, see ``Moments``.
         recipe: how.
     """
+    if len(features) == 0 and recipe.previous is not None:
+        before = _rows_as_before(label, recipe.previous, recipe)
+        if len(before["prototypes"]):
+            return before
     moments = Moments(1, features.shape[1])
     moments.update(features, torch.zeros(len(features), dtype=torch.int64))
     moments.add_rows(torch.zeros(1, dtype=torch.int64), *rest)
     rows = empty_rows(recipe)
     if len(features):
         rows |= _prototype_rows(label, features, recipe.cluster(label, features), recipe)
-    factor = low_rank_factor(features, recipe.covariance_rank)
+    factor = low_rank_factor(features, recipe.covariance_rank).unsqueeze(0)
+    variance = moments.variance().float()
     return rows | {
         "label": torch.tensor([label]),
         "class_mean": moments.mean().float(),
-        "class_variance": moments.variance().float(),
-        "class_factor": factor.unsqueeze(0),
+        "class_variance": variance,
+        "class_factor": within_variance(factor, variance),
         "class_count": moments.count,
         "class_kept": torch.tensor([len(features)]),
     }
@@ -103,13 +121,49 @@ def empty_rows(recipe: Recipe) -> dict[str, Tensor]:
     }
 
 
+def _rows_as_before(label: int, memory: PrototypeMemory, recipe: Recipe) -> dict[str, Tensor]:
+    """A class of which no sample is kept, as an earlier memory knew it; soft labels anew."""
+    rows, own = recipe.rows_before(label), slice(label, label + 1)
+    soft = head_says(
+        memory.prototypes[rows],
+        recipe.head_weight,
+        recipe.head_bias,
+        recipe.temperature,
+        keep=MOST_LISTED,
+    )
+    # That memory may have had another rank.
+    factor = memory.class_factor[own, : recipe.covariance_rank]
+    missing = recipe.covariance_rank - factor.shape[1]
+    return empty_rows(recipe) | {
+        "label": torch.tensor([label]),
+        "class_mean": memory.class_mean[own],
+        "class_variance": memory.class_variance[own],
+        "class_factor": functional.pad(factor, (0, 0, 0, missing)),
+        "class_count": memory.class_count[own],
+        "class_kept": memory.class_kept[own],
+        "prototype_class": memory.prototype_class[rows],
+        "prototypes": memory.prototypes[rows],
+        "prototype_mass": memory.prototype_mass[rows],
+        "radius": memory.radius[rows],
+        **_columns(soft),
+    }
+
+
+def _columns(soft: SoftLabels) -> dict[str, Tensor]:
+    return {
+        "soft_label_values": soft.values,
+        "soft_label_classes": soft.classes,
+        "soft_label_rest": soft.rest,
+    }
+
+
 def _prototype_rows(
     label: int, features: Tensor, clusters: Clusters, recipe: Recipe
 ) -> dict[str, Tensor]:
     """Prototypes with what their samples say, and the spread of each sample."""
     centres = torch.from_numpy(clusters.centres)
     assignment = torch.from_numpy(clusters.assignment)
-    count, sizes = len(centres), clusters.sizes
+    count, sizes, origin = len(centres), clusters.sizes, centres.mean(0)
     # Anew, since what k-means knows is a difference of squares: 1e-3 where it should be 0.
     apart = torch.linalg.vector_norm(features - centres[assignment], dim=1)
     distance = torch.zeros(count, dtype=torch.float64).index_add_(0, assignment, apart.double())
@@ -131,8 +185,7 @@ def _prototype_rows(
         "prototypes": centres,
         "prototype_mass": torch.from_numpy(sizes / sizes.sum()).float(),
         "radius": (distance / torch.from_numpy(sizes).clamp(min=1)).float(),
-        "soft_label_values": soft.values,
-        "soft_label_classes": soft.classes,
-        "soft_label_rest": soft.rest,
-        "spread": torch.cdist(features, centres).mean(1),
+        # About the centres' mean: far from the origin, matrix products lose the distances.
+        "spread": torch.cdist(features - origin, centres - origin).mean(1),
+        **_columns(soft),
     }

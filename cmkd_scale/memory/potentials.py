@@ -19,9 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Optimizer = Literal["sgd", "averaged", "adam"]
+Optimizer = Literal["sgd", "averaged"]
 _HORIZON = 100  # updates that averages span: of potentials, and of masses for the marginal error
-_BETAS = (0.9, 0.99)  # of Adam, as its moving averages follow a moving student
+_ENOUGH = 8.0
+"""Samples of a class in a batch at which a step is half as long as it may be: the masses that one
+or two samples send say next to nothing, and a full step after them would only add noise."""
+_FARTHEST = 5.0  # of potentials, in units of rho: beyond it, masses give way no further
+_NOTHING = 1e-6  # samples: what is left of a class that has long been out of sight
 
 
 class Potentials(nn.Module):
@@ -29,8 +33,6 @@ class Potentials(nn.Module):
 
     value: Tensor
     average: Tensor
-    first: Tensor
-    second: Tensor
     updates: Tensor
     seen: Tensor
     recent: Tensor
@@ -45,7 +47,7 @@ class Potentials(nn.Module):
         class_count: Tensor,
         *,
         rate: float,
-        optimizer: Optimizer = "sgd",
+        optimizer: Optimizer = "averaged",
         relaxation: float = math.inf,
         reweight: bool = True,
     ) -> None:
@@ -56,7 +58,8 @@ class Potentials(nn.Module):
             prototype_class: [J] int64.
             class_count: [C] int64 samples of the teacher.
             rate: step size of the dual ascent, in units of the cost.
-            optimizer: plain steps; plain steps whose average is used (Polyak); Adam.
+            optimizer: plain steps, or plain steps of which the average is used (Polyak and
+                Juditsky 1992).
             relaxation: rho of the unbalanced problem; infinity keeps the masses exactly.
             reweight: whether target masses follow the student's class marginal.
         """
@@ -73,10 +76,7 @@ class Potentials(nn.Module):
         self.register_buffer("recent", torch.zeros(len(prototype_mass) + self.classes))
         if optimizer == "averaged":
             self.register_buffer("average", torch.zeros_like(prototype_mass))
-        if optimizer == "adam":
-            self.register_buffer("first", torch.zeros_like(prototype_mass))
-            self.register_buffer("second", torch.zeros_like(prototype_mass))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("updates", torch.zeros(self.classes, dtype=torch.int64))
         self.register_buffer("mass", prototype_mass.clone(), persistent=False)
         self.register_buffer("prototype_class", prototype_class.clone(), persistent=False)
         self.register_buffer("teacher_marginal", _shares(class_count), persistent=False)
@@ -86,6 +86,15 @@ class Potentials(nn.Module):
     def current(self) -> Tensor:
         """[J] the potentials that a plan is made with."""
         return self.average if self.optimizer == "averaged" else self.value
+
+    @property
+    def ascending(self) -> Tensor | None:
+        """[J] the potentials that ascend, if they are others than ``current``.
+
+        The mass that they would send is what they are to answer for: fed with that of their
+        average, they would swing.
+        """
+        return self.value if self.optimizer == "averaged" else None
 
     def follow(self, prototype_mass: Tensor) -> None:
         """Take up the masses of a memory whose teacher has moved; [J] as before."""
@@ -129,21 +138,25 @@ class Potentials(nn.Module):
         """Count the samples of a batch of all ranks, for the student's class marginal."""
         self.seen += sent[len(self.value) :]
         self.recent.mul_(1.0 - 1.0 / _HORIZON).add_(sent)
+        # Numbers below float32's smallest would fade no further, and their reciprocal overflow.
+        self.recent.masked_fill_(self.recent < 1e-12, 0.0)
 
     @torch.no_grad()
     def marginal_error(self, *, within_classes: bool) -> Tensor:
         """[] L1 distance of the masses received lately to those wanted.
 
         The mean over the classes seen, or of the whole. Lately: over some 100 batches, the older
-        the less. What is left of it is the noise of that many samples.
+        the less. It is about the mass as it was sent while potentials moved; at a rate so large
+        that they jitter, the error of any one of them is larger.
         """
         received, counts = self.recent[: len(self.value)], self.recent[len(self.value) :]
         if within_classes:
-            seen = counts > 0
+            seen = counts > _NOTHING
             per_sample = torch.where(seen, 1.0 / counts, 0.0)[self.prototype_class]
-            wanted = self.mass * seen.to(self.mass.dtype)[self.prototype_class]
+            wanted = self._relaxed(self.mass) * seen.to(self.mass.dtype)[self.prototype_class]
             return (wanted - received * per_sample).abs().sum() / seen.sum().clamp(min=1)
-        return (self.target() - received / counts.sum().clamp(min=1e-12)).abs().sum()
+        wanted = self._relaxed(self.target())
+        return (wanted - received / counts.sum().clamp(min=_NOTHING)).abs().sum()
 
     @torch.no_grad()
     def update(self, sent: Tensor, *, within_classes: bool) -> None:
@@ -154,36 +167,30 @@ class Potentials(nn.Module):
             within_classes: whether masses are shares of a class.
         """
         received, counts = sent[: len(self.value)], sent[len(self.value) :]
+        present = counts > 0
         if within_classes:
-            present = counts > 0
-            per_sample = torch.where(present, 1.0 / counts, 0.0)
-            part = received * per_sample[self.prototype_class]
-            target = self.mass * present.to(part.dtype)[self.prototype_class]
-            unit = 1.0
+            part = received * torch.where(present, 1.0 / counts, 0.0)[self.prototype_class]
+            target = self._relaxed(self.mass)
+            samples = counts
         else:
             part = received / counts.sum().clamp(min=1e-12)
-            target = self.target() * (counts.sum() > 0)
+            target = self._relaxed(self.target())
+            samples = counts.sum() / self.known
+            present = torch.ones_like(present) & (samples > 0)
             # In shares of a class of usual size, so that the rate means the same for any C.
-            unit = float(self.known)
-        if math.isfinite(self.relaxation):
-            target = target * torch.exp(-self.value / self.relaxation)
-        self._ascend((target - part).mul_(unit))
-
-    def _ascend(self, direction: Tensor) -> None:
-        self.updates += 1
-        if self.optimizer == "adam":  # Kingma and Ba 2015, algorithm 1
-            first, second = _BETAS
-            self.first.lerp_(direction, 1.0 - first)
-            self.second.lerp_(direction.square(), 1.0 - second)
-            count = self.updates.to(direction.dtype)
-            mean = self.first / (1.0 - first**count)
-            size = (self.second / (1.0 - second**count)).sqrt()
-            self.value += self.rate * mean / (size + 1e-8)
-            return
-        self.value += self.rate * direction
+            part, target = part * self.known, target * self.known
+        rate = self.rate * (samples / (samples + _ENOUGH)) * present
+        self.value += rate[self.prototype_class] * (target - part)
         if self.optimizer == "averaged":
-            weight = 1.0 / self.updates.clamp(max=_HORIZON).to(self.value.dtype)
-            self.average += weight * (self.value - self.average)
+            self.updates += present
+            weight = present / self.updates.clamp(1, _HORIZON)
+            self.average.lerp_(self.value, weight.to(self.value.dtype)[self.prototype_class])
+
+    def _relaxed(self, mass: Tensor) -> Tensor:
+        """Masses that unbalanced transport asks for: less where a potential is high."""
+        if math.isinf(self.relaxation):
+            return mass
+        return mass * torch.exp((-self.value / self.relaxation).clamp(-_FARTHEST, _FARTHEST))
 
 
 def _shares(count: Tensor) -> Tensor:

@@ -40,13 +40,16 @@ def compress(probabilities: Tensor, keep: int, known: Tensor | None = None) -> S
     Args:
         probabilities: [n, C], rows that sum to 1.
         keep: classes to list, at most; C or more cuts nothing.
-        known: [C] bool, the classes that may have a probability; None for all.
+        known: [C] bool, the classes that have a probability; None for all.
     """
     count, classes = probabilities.shape
     if keep >= classes:
         order = torch.arange(classes, dtype=torch.int32).expand(count, -1)
         return SoftLabels(probabilities, order.contiguous(), probabilities.new_zeros(count))
-    values, listed = probabilities.topk(keep, dim=1)
+    # Among probabilities of 0, known classes go first: the rest is shared by those that are left.
+    ranked = probabilities if known is None else probabilities.masked_fill(~known, -1.0)
+    values, listed = ranked.topk(keep, dim=1)
+    values = values.clamp(min=0.0)
     left = (classes if known is None else int(known.sum())) - keep
     rest = (1.0 - values.sum(1)).clamp(min=0.0) / max(1, left)
     return SoftLabels(values, listed.int(), rest if left > 0 else torch.zeros_like(rest))
@@ -55,6 +58,34 @@ def compress(probabilities: Tensor, keep: int, known: Tensor | None = None) -> S
 def concatenate(parts: list[SoftLabels]) -> SoftLabels:
     """Rows of all parts, one after the other."""
     return SoftLabels(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def head_says(
+    points: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    temperature: float,
+    *,
+    keep: int,
+    known: Tensor | None = None,
+) -> SoftLabels:
+    """What a head says of single points, such as prototypes: of a mean, not a mean.
+
+    Args:
+        points: [n, D]
+        head_weight: [C, D]
+        head_bias: [C]
+        temperature: of the softmax.
+        keep: classes to list, see ``compress``.
+        known: [C] bool, the classes that have a probability; None for all.
+    """
+    parts = []
+    for rows in points.split(max(1, _MOST_ENTRIES // len(head_bias))):
+        logits = torch.addmm(head_bias, rows, head_weight.T) / temperature
+        if known is not None:
+            logits = logits.masked_fill(~known, -torch.inf)
+        parts.append(compress(torch.softmax(logits, 1), keep, known))
+    return concatenate(parts)
 
 
 def mean_probabilities(

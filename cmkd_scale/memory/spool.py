@@ -1,8 +1,9 @@
 """What the teacher's pass leaves behind, on disk, so that a pass that was killed goes on.
 
 Each rank writes parts: features of the samples that are kept, sorted by class so that a class
-is a slice, and exact sums of those that are not. A part names the batches it holds; batches
-are numbered alike whatever the number of ranks, so any ranks may go on with the parts of others.
+is a slice, and exact sums of those that are not (or their features, where these take less). A
+part names the batches it holds; batches are numbered alike whatever the number of ranks, so any
+ranks may go on with the parts of others.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cmkd_scale import distributed
 from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.spool_part import Part, PassedBatch, part_number, part_tensors
 from cmkd_scale.memory.statistics import Moments, refuse_diverged
 from cmkd_scale.memory.sync import agree_on_batches, deal_parts
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PART_BATCHES = 64
 _PART_BYTES = 64 * 2**20
 
@@ -42,7 +44,7 @@ class Spool:
         self._pending: list[PassedBatch] = []
 
     def take_up(self, still_missing: Callable[[Tensor], bool] = lambda positions: True) -> Tensor:
-        """Find the valid parts of an earlier try; a collective call.
+        """Find the valid parts of an earlier try; a collective call, before any rank writes.
 
         Where several ranks see a part, one of them reads it. A part goes if it is damaged, or
         if a sample that it lacks is there by now, and its batches are to be passed again.
@@ -52,24 +54,41 @@ class Spool:
 
         Returns:
             Numbers of the batches that need not be passed again, ascending.
+
+        Raises:
+            CmkdError: on all ranks: what ``still_missing`` raised on one.
         """
+        self._sweep()
         found = {}
         for path in self._directory.glob("part-*.safetensors") if self._directory else ():
             part = Part(path)
             if part.belongs_to(self._identity):
                 found[part_number(part.get("batches"))] = part
-        mine = {}
-        for name in deal_parts(sorted(found)):
-            if found[name].is_whole() and still_missing(found[name].get("missing")):
-                mine[name] = found[name]
-            else:
-                found[name].drop("is damaged or lacks a sample that is there now")
+        mine, dealt = {}, deal_parts(sorted(found))
+
+        def read() -> None:
+            for name in dealt:
+                if found[name].is_whole() and still_missing(found[name].get("missing")):
+                    mine[name] = found[name]
+                else:
+                    found[name].drop("is damaged or lacks a sample that is there now")
+
+        distributed.run_together(read)
         batches = {name: part.get("batches") for name, part in mine.items()}
         accepted, finished = agree_on_batches(batches)
         self._parts = [part for name, part in mine.items() if name in accepted]
         for name in mine.keys() - accepted:
             mine[name].drop("repeats batches of others")
         return finished
+
+    def _sweep(self) -> None:
+        """Remove what writers that were killed have left half written.
+
+        No rank writes yet: none does before all have been dealt parts to read, and a run
+        directory belongs to one run at a time.
+        """
+        for path in self._directory.glob(".part-*.tmp") if self._directory else ():
+            path.unlink(missing_ok=True)
 
     def add(self, batch: PassedBatch) -> None:
         """Take a batch; a part is written when enough have come together.
@@ -112,7 +131,12 @@ class Spool:
         for part in self._parts:
             kept[part.get("classes")] += part.get("starts").diff()
             rest[part.get("rest_classes")] += part.get("rest_count")
+            rest += part.get("few_classes").bincount(minlength=classes)
         return kept, rest
+
+    def missing(self) -> int:
+        """How many damaged samples this rank's parts lack."""
+        return sum(len(part.get("missing")) for part in self._parts)
 
     def read_kept(self, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's kept samples of the classes ``first`` to ``stop`` - 1.
@@ -141,10 +165,14 @@ class Spool:
                 rows = slice(begin, end)
                 stored = (part.rows(f"rest_{name}", rows) for name in ("count", "total", "squares"))
                 sums.add_rows(part.get("rest_classes")[rows] - first, *stored)
+            begin, end = _between(part.get("few_classes"), first, stop)
+            if begin < end:
+                rows = slice(begin, end)
+                sums.update(part.rows("few_features", rows), part.get("few_classes")[rows] - first)
         return sums
 
     def remove(self) -> None:
-        """Delete the directory: its content is in the memory now."""
+        """Delete the directory: its content is in the memory, and the run has its results."""
         self._parts.clear()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)

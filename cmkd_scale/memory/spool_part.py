@@ -38,8 +38,10 @@ class PassedBatch:
     """[m] int64 positions of damaged samples, which are left out."""
 
 
-_WHOLE = {"batches", "missing", "classes", "starts", "rest_classes", "rest_count"}
+_WHOLE = {"batches", "missing", "classes", "starts", "rest_classes", "rest_count", "few_classes"}
 """Small tensors of a part, which are read once; of the others, rows are read when needed."""
+_FEW = 4
+"""Sums of a class take as much space as so many samples: two 64-bit integers a feature."""
 
 
 class Part:
@@ -104,16 +106,23 @@ class Part:
 
 
 def part_tensors(batches: list[PassedBatch], dim: int) -> dict[str, Tensor]:
-    """The content of a part."""
+    """The content of a part: never more than the samples take.
+
+    Of each class there are the features of the samples that are kept and the sums of the others,
+    or the features of those, too, where they are too few for sums to be smaller.
+    """
     positions, labels, features, kept = (
         torch.cat([getattr(batch, name) for batch in batches])
         for name in ("positions", "labels", "features", "kept")
     )
-    rest_classes, place = labels[~kept].unique(return_inverse=True)
-    rest = Moments(len(rest_classes), dim)
-    rest.update(features[~kept], place)
-    order = torch.argsort(torch.where(kept, labels, -1), stable=True)[int((~kept).sum()) :]
+    order = _by_class(labels, kept)
     classes, counts = labels[order].unique_consecutive(return_counts=True)
+    others = labels[~kept].bincount(minlength=int(labels.max()) + 1 if len(labels) else 0)
+    few = _by_class(labels, ~kept & (others[labels] < _FEW))
+    many = _by_class(labels, ~kept & (others[labels] >= _FEW))
+    rest_classes, place = labels[many].unique(return_inverse=True)
+    rest = Moments(len(rest_classes), dim)
+    rest.update(features[many], place)
     return {
         "batches": torch.tensor([batch.number for batch in batches]),
         "missing": torch.cat([batch.missing for batch in batches]),
@@ -125,7 +134,15 @@ def part_tensors(batches: list[PassedBatch], dim: int) -> dict[str, Tensor]:
         "rest_count": rest.count,
         "rest_total": rest.total,
         "rest_squares": rest.squares,
+        "few_classes": labels[few],
+        "few_features": features[few],
     }
+
+
+def _by_class(labels: Tensor, chosen: Tensor) -> Tensor:
+    """Rows of the samples ``chosen`` [n], classes in order; as they came within a class."""
+    rows = chosen.nonzero()[:, 0]
+    return rows[torch.argsort(labels[rows], stable=True)]
 
 
 def part_number(batches: Tensor) -> int:

@@ -83,11 +83,12 @@ class StudentStatistics(nn.Module):
         classes, place = labels.unique(return_inverse=True)
         self.weight *= self.decay
         before = self.weight[classes]
-        count = torch.zeros_like(before).index_add_(0, place, torch.ones_like(features[:, 0]))
-        mean = features.new_zeros(len(classes), features.shape[1]).index_add_(0, place, features)
-        mean /= count.unsqueeze(1)
-        apart = (features - mean[place]).square()
-        squares = torch.zeros_like(mean).index_add_(0, place, apart)
+        # By matrix products: adding by index has another order at each call on a GPU, and ranks
+        # must come to the same bits.
+        members = (place == torch.arange(len(classes), device=place.device).unsqueeze(1)).float()
+        count = members.sum(1)
+        mean = members @ features / count.unsqueeze(1)
+        squares = members @ (features - mean[place]).square()
         total = before + count
         part = (count / total).unsqueeze(1)
         delta = mean - self.mean[classes]

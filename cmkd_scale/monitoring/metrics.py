@@ -24,8 +24,8 @@ nobody downstream has to know about restarts.
 ``alignment_distance/<what>`` ``transport``: mean transported cost, in units of the median cost
 ``alignment_wrong_class_mass`` share of the mass that went to prototypes of another class
 ``ring_age_steps``           mean age of the student features that are kept
-``memory_sync_seconds``      that a step waited for the exchange between ranks, mean since the
-                             previous logged step
+``memory_sync_seconds``      that the program waited for a step's exchange between ranks, mean
+                             since the previous logged step (a GPU may go on waiting)
 ``memory_sync_bytes``        that this rank sent for it since the previous logged step
 ``memory_rank_mismatches``   ranks whose memory, potentials or statistics differed from rank 0's
 ``checkpoint_seconds``       duration of a checkpoint that was just completed

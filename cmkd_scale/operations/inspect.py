@@ -38,6 +38,7 @@ def memory_info(path: Path) -> dict[str, Any]:
     file = path / FILE_NAME if path.is_dir() else path
     per_class = memory.prototype_class.bincount(minlength=len(memory.class_names))
     known = [int(count) for count in per_class if count > 0]
+    risk = memory.class_risk[~memory.class_risk.isnan()]
     return {
         "file": str(file),
         "bytes": file.stat().st_size,
@@ -56,9 +57,9 @@ def memory_info(path: Path) -> dict[str, Any]:
         "largest_unlisted_probability": float(memory.soft_label_rest.max()),
         "temperature": memory.temperature,
         "cost_scale": float(memory.cost_scale),
-        "classes_with_held_out_risk": int((~memory.class_risk.isnan()).sum()),
-        "mean_held_out_risk": float(memory.class_risk.nan_to_num().sum())
-        / max(1, int((~memory.class_risk.isnan()).sum())),
+        "classes_with_held_out_risk": len(risk),
+        # Null if no class has held-out samples: 0 would be a perfect teacher.
+        "mean_held_out_risk": float(risk.mean()) if len(risk) else None,
         "digest": memory.digest(),
         "provenance": dict(memory.provenance),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +15,17 @@ import torch
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config, with_changes
-from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.errors import UsageError
 from cmkd_scale.files import read_json
 from cmkd_scale.memory.bank import (
     FILE_NAME,
     PrototypeMemory,
     load_memory,
-    save_memory,
     thin_classes,
 )
 from cmkd_scale.memory.build import build_memory
 from cmkd_scale.memory.one_class import Recipe
+from cmkd_scale.memory.spool import Spool
 from cmkd_scale.monitoring.console import counting
 from cmkd_scale.stages.common import (
     Trained,
@@ -34,8 +34,11 @@ from cmkd_scale.stages.common import (
     start_engine,
     weights_digest,
 )
+from cmkd_scale.stages.memory_file import find_finished, save_if_agreed
+from cmkd_scale.stages.pass_identity import memory_identity, pass_identity
 from cmkd_scale.stages.runs import open_run, write_results
-from cmkd_scale.stages.teacher_pass import run_pass
+from cmkd_scale.stages.teacher_pass import PASS, Passed, Start, run_pass, stop_if_signalled
+from cmkd_scale.training.preemption import Preemption
 
 _OF_THE_TEACHER = (
     "shards",
@@ -55,9 +58,10 @@ def memory(config: Config) -> dict[str, Any]:
     The shards are ``data.shards``, or those that the teacher was trained on. The digest is
     the same for every number of processes and every order of shards: batches have the same
     samples in any case, and CPUs compute on one thread. A build that was interrupted goes on,
-    on any number of processes.
+    on any number of processes; where all find the memory that it ends in, that is it.
 
     Raises:
+        PreemptedError: a signal asked for a stop; what has passed the teacher is kept.
         UsageError: no teacher there, or shards with other labels than its own.
     """
     began = time.perf_counter()
@@ -71,48 +75,74 @@ def memory(config: Config) -> dict[str, Any]:
     engine = start_engine(config)
     data = open_split_for(trained, config, config.data.train_split)
     held_out = open_split_for(trained, config, config.data.validation_split)
-    recipe = _recipe(trained, config)  # first of all, since it may refuse
+    recipe, previous = _recipe(trained, config)  # first of all, since it may refuse
     directory = open_run(config, "memory")
-    trained.model.to(engine.device).eval()
-    with _one_thread():
-        with _progress(f"samples of {data.reader.manifest.name} through the teacher") as advance:
-            passed = run_pass(trained, data, held_out, config, directory, engine.device, advance)
-        with _progress("classes into the memory") as advance:
-            result = build_memory(
-                passed.spool,
-                passed.risk,
-                recipe,
-                class_names=trained.spec.label_names,
-                provenance={
-                    "teacher_run": str(run),
-                    "teacher_weights": weights_digest(trained.model),
-                    "teacher_step": trained.state["step"],
-                    "modality": trained.spec.modality,
-                    "prototypes_per_class": config.memory.prototypes_per_class,
-                    "shards": data.reader.manifest.name,
-                    "manifest": data.reader.manifest.digest,
-                },
-                progress=advance,
-            )
+    identity = pass_identity(trained, data, config)
+    provenance = {
+        "made_of": memory_identity(identity, held_out, config, previous),
+        "teacher_run": str(run),
+        "teacher_weights": weights_digest(trained.model),
+        "teacher_step": trained.state["step"],
+        "modality": trained.spec.modality,
+        "prototypes_per_class": config.memory.prototypes_per_class,
+        "shards": data.reader.manifest.name,
+        "manifest": data.reader.manifest.digest,
+        "previous": previous,
+    }
     file = directory / FILE_NAME
-    digest = _save_on_main(result, file)
-    passed.spool.remove()
-    return write_results(
+    result = find_finished(file, provenance["made_of"])
+    if result is not None:
+        digest, reused = result.digest(), result.provenance["counts"]["memory/batches"]
+    else:
+        with _one_thread(), Preemption() as preemption:
+            start = Start(trained, data, held_out, config, directory, engine.device, preemption)
+            with _progress(f"samples of {data.reader.manifest.name} through the teacher") as tell:
+                passed = run_pass(start, identity, tell)
+            result = _build(passed, recipe, data.label_names, provenance, preemption)
+        digest, reused = save_if_agreed(result, file), passed.reused
+    counts = {**result.provenance["counts"], "memory/batches_reused": reused}
+    results = write_results(
         directory,
         stage="memory",
         config=config,
         began=began,
         method=None,
         steps=None,
-        metrics={**_measures(result), **passed.metrics},
+        metrics={**_measures(result), **counts},
         memory_digest=digest,
         memory_file=str(file),
         classes=thin_classes(result),
     )
+    Spool(result.feature_dim, directory / PASS).remove()
+    return results
 
 
-def _recipe(trained: Trained, config: Config) -> Recipe:
-    """How each class becomes rows of the memory.
+def _build(
+    passed: Passed,
+    recipe: Recipe,
+    class_names: Sequence[str],
+    provenance: Mapping[str, Any],
+    preemption: Preemption,
+) -> PrototypeMemory:
+    """The memory of a pass; a signal ends it between two blocks of classes."""
+    with _progress("classes into the memory") as tell:
+
+        def after_block(done: int, total: int) -> None:
+            tell(done, total)
+            stop_if_signalled(preemption)
+
+        return build_memory(
+            passed.spool,
+            passed.risk,
+            recipe,
+            class_names=class_names,
+            provenance={**provenance, "counts": passed.counts},
+            progress=after_block,
+        )
+
+
+def _recipe(trained: Trained, config: Config) -> tuple[Recipe, str | None]:
+    """How each class becomes rows of the memory, and the digest of the memory it follows.
 
     Raises:
         UsageError: the memory that it is to follow has other classes or another width.
@@ -128,7 +158,7 @@ def _recipe(trained: Trained, config: Config) -> Recipe:
         seed=config.run.seed,
     )
     if settings.previous is None:
-        return recipe
+        return recipe, None
     before = load_memory(settings.previous)
     if before.class_names != trained.spec.label_names or before.feature_dim != head.in_features:
         raise UsageError(
@@ -136,12 +166,13 @@ def _recipe(trained: Trained, config: Config) -> Recipe:
             "the teacher, so its prototypes cannot be followed; unset it, or give a memory of the "
             "same teacher at an earlier step."
         )
-    return replace(recipe, previous=before.prototypes, previous_class=before.prototype_class)
+    recipe = replace(recipe, previous=before)
+    return recipe, before.digest()
 
 
 def _measures(result: PrototypeMemory) -> dict[str, float | int | None]:
     """What there is to say of a memory in numbers; a collective call."""
-    known = int((result.class_count > 0).sum())
+    known = int((result.class_kept > 0).sum())  # those that have prototypes
     risk = result.class_risk[~result.class_risk.isnan()]
     return {
         "memory/classes": known,
@@ -160,22 +191,6 @@ def _peak_resident_bytes() -> int:
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     return max(distributed.gather_integers(usage * unit))
-
-
-def _save_on_main(result: PrototypeMemory, file: Path) -> str:
-    """Write the memory if all ranks have built the same one; returns its digest.
-
-    Raises:
-        IntegrityError: they have not.
-    """
-    digest = result.digest()
-    if not distributed.same_digest(digest):
-        raise IntegrityError(
-            "The ranks have built different memories, so nothing is saved; run all processes on "
-            "machines of one kind with equal versions."
-        )
-    distributed.run_on_main(lambda: save_memory(result, file))
-    return digest
 
 
 def _progress(title: str) -> AbstractContextManager[Callable[[int, int], None]]:

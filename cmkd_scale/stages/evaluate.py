@@ -19,7 +19,7 @@ from cmkd_scale.config import Config
 from cmkd_scale.data.damage import Quarantine
 from cmkd_scale.data.loader import ordered_batches
 from cmkd_scale.losses.label_alignment import exclude_classes
-from cmkd_scale.memory.prototypes import PrototypeIndex
+from cmkd_scale.memory.nearest import nearest
 from cmkd_scale.memory.sync import gather_sorted
 from cmkd_scale.models.model import Model
 from cmkd_scale.stages.common import Taught, load_trained, open_split_for, start_engine
@@ -28,6 +28,7 @@ from cmkd_scale.stages.streams import SplitData, open_quarantine
 
 _BATCH_SIZE = 128
 _NEIGHBOURS = 8  # prototypes that vote on a class
+_COMPARISONS = ("nearest_prototype", "knn", "teacher_head")
 _NEIGHBOURHOOD = 0.1  # in units of the cost scale: so much farther, a vote counts 1/e
 
 
@@ -138,10 +139,13 @@ def evaluate_model(
     quarantine = open_quarantine(directory, data, data.max_bad_fraction, len(data.labelled()))
     places, labels, features, logits = infer(model, data, device, quarantine=quarantine)
     quarantine.share(data.reader)
+    compared = _compare(features, labels, taught_by)
     places, labels, features, logits = gather_sorted(places, labels, features, logits)
     predictions = logits.argmax(1)
     correct = (predictions == labels).numpy()
-    tensors = {"labels": labels, "predictions": predictions, "features": features}
+    with torch.no_grad():  # where the report draws them beside the first memory's prototypes
+        shown = taught_by[0].projector.cpu()(features) if taught_by else features
+    tensors = {"labels": labels, "predictions": predictions, "features": shown.contiguous()}
     content = save(tensors, metadata={"label_names": json.dumps(data.label_names)})
     path = directory / "predictions.safetensors"
     distributed.run_on_main(lambda: write_file(path, content))
@@ -157,7 +161,7 @@ def evaluate_model(
         "test/per_class_accuracy": per_class,
         "test/samples": len(labels),
         "test/skipped": len(quarantine),
-        **_compare(features, labels, taught_by),
+        **compared,
     }
 
 
@@ -166,29 +170,26 @@ def _compare(features: Tensor, labels: Tensor, taught_by: Sequence[Taught]) -> d
     """How well the features have come to mean what the memories' do; means over memories.
 
     ``nearest_prototype``: the class of the nearest prototype; ``knn``: the class that nearby
-    prototypes hold most mass of, the farther the less; ``teacher_head``: what the teacher's head says of the features.
-    Of all samples: those of classes that a memory lacks count as wrong.
+    prototypes hold most mass of, the farther the less; ``teacher_head``: what the teacher's head
+    says of the features. Of all samples: those of classes that a memory lacks count as wrong.
+    A collective call: each rank brings samples of its own.
     """
-    found: dict[str, float] = {}
+    if not taught_by:
+        return {}
+    right = torch.zeros(len(_COMPARISONS), dtype=torch.int64)
     for taught in taught_by:
         memory, z = taught.memory, taught.projector.cpu()(features)
-        index = PrototypeIndex(memory.prototypes)
-        distance, ids = index.nearest(z, min(_NEIGHBOURS, len(memory.prototypes)))
-        # A search may find fewer than asked for: an id of -1 has no mass.
-        mass = torch.where(ids >= 0, memory.prototype_mass[ids], 0.0)
+        distance, ids = nearest(memory.prototypes, z, min(_NEIGHBOURS, len(memory.prototypes)))
         farther = (distance - distance[:, :1]) / memory.cost_scale
-        mass = mass * torch.exp(-farther / _NEIGHBOURHOOD).nan_to_num()
+        mass = memory.prototype_mass[ids] * torch.exp(-farther / _NEIGHBOURHOOD)
         classes = memory.prototype_class[ids]
         votes = torch.zeros(len(z), len(memory.class_names)).scatter_add_(1, classes, mass)
         known = torch.bincount(memory.prototype_class, minlength=len(memory.class_names)) > 0
         logits = z @ memory.head_weight.T + memory.head_bias
-        says = {
-            "nearest_prototype": classes[:, 0],
-            "knn": votes.argmax(1),
-            "teacher_head": exclude_classes(logits, ~known).argmax(1),
-        }
-        for name, predicted in says.items():
-            key = f"test/{name}_accuracy"
-            right = float((predicted == labels).double().mean())
-            found[key] = found.get(key, 0.0) + right / len(taught_by)
-    return found
+        head = exclude_classes(logits, ~known).argmax(1)
+        says = torch.stack([classes[:, 0], votes.argmax(1), head])
+        right += (says == labels).sum(1)
+    samples = sum(distributed.gather_integers(len(labels) * len(taught_by)))
+    shares = distributed.all_reduce_sum(right).double() / max(1, samples)
+    named = zip(_COMPARISONS, shares.tolist(), strict=True)
+    return {f"test/{name}_accuracy": share for name, share in named}

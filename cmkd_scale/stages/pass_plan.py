@@ -54,6 +54,10 @@ class Plan:
         todo = np.setdiff1d(np.arange(len(self)), finished)
         return np.array_split(todo, distributed.world_size())[distributed.rank()]
 
+    def largest_share(self, finished: NDArray[np.int64]) -> int:
+        """Batches of the rank that passes most of them."""
+        return -(-(len(self) - len(finished)) // distributed.world_size())
+
     def batch(self, number: int) -> NDArray[np.int64]:
         """Places of the samples of one batch, ascending."""
         return self.places[self.bounds[number] : self.bounds[number + 1]]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cmkd_scale import distributed
@@ -167,7 +168,8 @@ def compare_streams(
     counts = np.bincount(drawn[drawn >= 0], minlength=len(data.label_names)).tolist()
     taught: Counter[str] = Counter()
     for memory in memories:
-        taught.update(dict(zip(memory.class_names, memory.class_count.tolist(), strict=True)))
+        known = memory.class_count * (memory.class_kept > 0)
+        taught.update(dict(zip(memory.class_names, known.tolist(), strict=True)))
     modality = ", ".join(str(memory.provenance.get("modality", "teacher")) for memory in memories)
     report = compare_labels(
         f"student ({data.reader.manifest.modality})",
@@ -187,14 +189,16 @@ def open_quarantine(
 ) -> Quarantine:
     """For a pass over ``samples`` of a split; what earlier parts of the run left out counts, too.
 
-    Rank 0 writes ``quarantine.jsonl``: data, shard, key and reason of each damaged sample.
+    A collective call: on machines that share no disk only one of them has the file. Rank 0
+    writes ``quarantine.jsonl``: data, shard, key and reason of each damaged sample.
 
     Raises:
-        IntegrityError: the run has met more than allowed before.
+        IntegrityError: on all ranks: the run has met more than allowed before.
     """
     path, name = directory / QUARANTINE, data.reader.manifest.name
-    known = _places(path, name)
-    distributed.barrier()  # before rank 0 may add to what others are reading
+    mine = torch.tensor(_places(path, name), dtype=torch.int64)
+    # All have read when this returns, so rank 0 may add to the file from here on.
+    known = distributed.gather_rows(mine).tolist()
 
     def record(incident: Incident) -> None:
         if distributed.is_main():

@@ -8,7 +8,6 @@ from typing import Any
 
 from cmkd_scale.config import Config
 from cmkd_scale.memory.bank import FILE_NAME, load_memory
-from cmkd_scale.memory.controls import apply_control
 from cmkd_scale.stages.common import DEFAULT_FEATURE_DIM
 from cmkd_scale.stages.train import Recipe, alignment_options, train
 from cmkd_scale.training.methods import check_needs, resolve_method
@@ -37,13 +36,16 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
     if method.needs_memory:
         check_needs(name, method, MemoryTargets.provides if memories else frozenset())
         check_options(alignment_options(config))
+        if config.method.transport == "label_free" and method.reads_soft_labels:
+            _log.warning(
+                "method.transport=label_free finds prototypes by features alone. Those of an "
+                "untrained student find any class, whose soft labels then outvote its true labels "
+                "(docs/benchmarks.md, ablation): set method.weights.transported_soft_label=0 and "
+                "teacher_head_soft_label=0, or start from a trained student."
+            )
     # Of several memories the list of their digests is one, too.
     digest = "+".join(memory.digest() for memory in memories) or None
     width = memories[0].feature_dim if memories else DEFAULT_FEATURE_DIM
-    memories = [
-        apply_control(memory, control, config.run.seed + number)
-        for number, memory in enumerate(memories)
-    ]
     if control != "none" and not method.needs_memory:
         _log.warning("method.control=%s changes nothing: %s has no teacher.", control, name)
     recipe = Recipe(
@@ -52,8 +54,9 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
         method=method,
         feature_dim=config.model.feature_dim or width,
         memories=tuple(memories) if method.needs_memory else (),
+        control=control,
         memory_digest=digest if method.needs_memory else None,
-        memory_file="+".join(map(str, paths)) if method.needs_memory else None,
+        memory_files=tuple(map(str, paths)) if method.needs_memory else (),
     )
     return train(config, recipe, console=console)
 

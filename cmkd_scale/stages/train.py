@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from cmkd_scale.config import Config
 from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.alignment import align_to_student
 from cmkd_scale.memory.bank import PrototypeMemory, memory_bytes
+from cmkd_scale.memory.controls import apply_control
 from cmkd_scale.monitoring.sinks import ConsoleSink, JsonlSink, PrometheusSink, Sinks
 from cmkd_scale.stages.common import ModelSpec, Taught, make_spec, start_engine
 from cmkd_scale.stages.evaluate import evaluate_model
@@ -44,9 +46,11 @@ class Recipe:
     method: Method
     feature_dim: int
     memories: tuple[PrototypeMemory, ...] = ()
+    """As built, before any control."""
+    control: str = "none"
     memory_digest: str | None = None
-    """Of the memories as built, before any control."""
-    memory_file: str | None = None
+    """Of the memories as built; of several, one after the other."""
+    memory_files: tuple[str, ...] = ()
 
 
 def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
@@ -64,7 +68,7 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
     _check_labels(data, test)
     directory = open_run(config, recipe.stage)
     spec = make_spec(config, data, recipe.feature_dim)
-    memories = [align_to_student(memory, spec.label_names) for memory in recipe.memories]
+    memories = _memories(config, recipe, spec)
     trainer = _make_trainer(config, recipe, memories, engine, data, spec, directory)
     compare_streams(config, data, recipe.memories, directory, say=console)
     found = load_newest(directory / "checkpoints")
@@ -97,8 +101,29 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
         method=recipe.method_name,
         steps=trainer.step,
         memory_digest=recipe.memory_digest,
-        memory_file=recipe.memory_file,
+        memory_file=next(iter(recipe.memory_files), None),
+        memory_files=list(recipe.memory_files),
     )
+
+
+def _memories(config: Config, recipe: Recipe, spec: ModelSpec) -> list[PrototypeMemory]:
+    """The memories that the student is taught by, in its classes; a collective call.
+
+    Raises:
+        UsageError: ranks have read different ones, or there is none that fits.
+    """
+    digest = hashlib.sha256(str(recipe.memory_digest).encode()).hexdigest()
+    if not distributed.same_digest(digest):
+        raise UsageError(
+            "The processes find different memories at memory.run; give all machines the same file."
+        )
+    return [
+        align_to_student(
+            apply_control(memory, recipe.control, config.run.seed + number, spec.label_names),
+            spec.label_names,
+        )
+        for number, memory in enumerate(recipe.memories)
+    ]
 
 
 def _make_trainer(
@@ -113,7 +138,9 @@ def _make_trainer(
     """Model, losses and loader of a run that stands at step 0."""
     torch.manual_seed(config.run.seed)
     model = spec.build()
-    blobs = {blob_name(number): memory_bytes(memory) for number, memory in enumerate(memories)}
+    blobs = {}
+    if distributed.is_main():  # which writes checkpoints
+        blobs = {blob_name(number): memory_bytes(memory) for number, memory in enumerate(memories)}
     options = alignment_options(config)
     targets = [
         MemoryTargets(memory, steps=config.train.steps, options=options, needs=recipe.method.needs)

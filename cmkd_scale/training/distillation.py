@@ -85,6 +85,8 @@ class Distillation(nn.Module):
         self.wanted = frozenset(v for name in self.weights for v in LOSSES[name].needs.values())
         if targets:
             self.register_buffer("class_share", shares_of(targets), persistent=False)
+            for target, share in zip(targets, self.class_share, strict=True):
+                target.class_share.copy_(share)
             if method.head_transfer:
                 _transfer_head(model, self._heads(), self.class_share)
 
@@ -109,7 +111,7 @@ class Distillation(nn.Module):
             zip(self.memories, self.projectors, strict=True)
         ):
             features = projector(output.features.float())
-            provided, out = target(features, labels, self.class_share[number][labels], step)
+            provided, out = target(features, labels, step)
             outgoing.append(out)
             if "teacher_head_weight" in self.wanted:
                 provided["teacher_head_weight"] = self._head(number)[0]

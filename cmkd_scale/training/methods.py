@@ -38,6 +38,11 @@ class Method:
         return frozenset(wanted - STUDENT_PROVIDES)
 
     @property
+    def reads_soft_labels(self) -> bool:
+        """Whether it learns from the soft labels of where mass is transported to."""
+        return "transported_soft_labels" in self.needs
+
+    @property
     def needs_memory(self) -> bool:
         """Whether any term comes from the teacher."""
         return bool(self.needs) or self.head_transfer

@@ -30,6 +30,8 @@ Values = dict[str, Tensor | float | None]
 
 _TRANSPORTED = frozenset({"transported", "transported_soft_labels"})
 _ROWS = 512  # of the ring are moved at a time when potentials are refreshed
+_KEPT_ROWS = 256  # of a global batch at most go into ring and moments: what is sent is bounded
+_PRIOR_SAMPLES = 8.0  # that the teacher's moments of a class count for beside the student's
 
 
 class Outgoing(NamedTuple):
@@ -39,7 +41,8 @@ class Outgoing(NamedTuple):
     """[J + C + 3] mass sent to prototypes, samples of classes, then transported cost, mass sent
     to wrong classes, and samples."""
     rows: Tensor | None
-    """[B, D + 1] features and labels, if statistics of the student are kept."""
+    """[b, D + 1] features and labels of the first samples, if statistics of the student are
+    kept."""
 
 
 class Exchange(NamedTuple):
@@ -79,6 +82,7 @@ class MemoryTargets(MemoryBuffers):
     """Values that losses may ask for."""
 
     shared_classes: Tensor
+    class_share: Tensor
     class_mean: Tensor
     class_variance: Tensor
     class_soft_labels: Tensor
@@ -112,7 +116,8 @@ class MemoryTargets(MemoryBuffers):
         self.feature_dim = memory.feature_dim
         self.cost_scale = float(memory.cost_scale)
         self.moves = bool(needs & _TRANSPORTED)
-        self.reads_features = bool(needs & (_TRANSPORTED | {"bures", "teacher_logits"}))
+        self.reads_features = bool(needs & {"transported", "bures", "teacher_logits"})
+        """Whether a loss has a gradient through the features."""
         relaxation = options.mass_relaxation
         self.potentials = Potentials(
             memory.prototype_mass,
@@ -123,7 +128,7 @@ class MemoryTargets(MemoryBuffers):
             relaxation=math.inf if relaxation is None else relaxation,
             reweight=options.reweight,
         )
-        self.transport = make_transport(memory, options)
+        self.transport = make_transport(memory, options) if self.moves else None
         self.statistics = None
         if (self.moves and options.ring_size > 0) or "bures" in needs:
             self.statistics = StudentStatistics(
@@ -141,6 +146,7 @@ class MemoryTargets(MemoryBuffers):
         shared = torch.bincount(memory.prototype_class, minlength=classes) > 0
         buffers = {
             "shared_classes": shared,
+            "class_share": shared.float(),
             "class_mean": memory.class_mean,
             "class_variance": memory.class_variance,
             "head_weight": memory.head_weight,
@@ -153,25 +159,24 @@ class MemoryTargets(MemoryBuffers):
     def follow(self, memory: PrototypeMemory) -> None:
         """Take up the memory of the same teacher, moved (``MovingMemory``)."""
         super().follow(memory)
-        self.transport.follow(memory)
+        if self.transport is not None:
+            self.transport.follow(memory)
         self.potentials.follow(memory.prototype_mass)
         self.cost_scale = float(memory.cost_scale)
 
-    def forward(
-        self, features: Tensor, labels: Tensor, share: Tensor, step: int
-    ) -> tuple[Values, Outgoing]:
+    def forward(self, features: Tensor, labels: Tensor, step: int) -> tuple[Values, Outgoing]:
         """Read the memory for a batch.
 
         Args:
             features: [B, D] student features in the teacher's space, with gradient.
             labels: [B] int64.
-            share: [B] weight of each sample, 0 if the memory lacks its class.
             step: for the annealing of epsilon.
 
         Returns:
             The values that are needed, and what this rank's batch has to say.
         """
         features = features.float()
+        share = self.class_share[labels]
         values: Values = {
             "share": share,
             "excluded": self.excluded,
@@ -200,10 +205,10 @@ class MemoryTargets(MemoryBuffers):
         if self.moves:
             self._sums = sums[-3:]
             self.potentials.observe(sums[:-3])
-            self.potentials.update(sums[:-3], within_classes=self.transport.within_classes)
+            self.potentials.update(sums[:-3], within_classes=self._within_classes)
         if exchange.rows is not None and self.statistics is not None:
             # [W, b, D + 1] to the global order: position i W + r is row i of rank r.
-            rows = exchange.rows.wait().transpose(0, 1).flatten(0, 1)
+            rows = exchange.rows.wait().transpose(0, 1).flatten(0, 1)[:_KEPT_ROWS]
             self.statistics.update(rows[:, :-1], rows[:, -1].long(), step)
         every = self.options.refresh_every_steps
         if self.moves and every > 0 and (step + 1) % every == 0:
@@ -215,8 +220,7 @@ class MemoryTargets(MemoryBuffers):
         found = {}
         if self._sums is not None:
             cost, wrong, samples = self._sums.tolist()
-            within = self.transport.within_classes
-            error = self.potentials.marginal_error(within_classes=within)
+            error = self.potentials.marginal_error(within_classes=self._within_classes)
             found["alignment_marginal_error"] = float(error)
             found["alignment_distance/transport"] = cost / max(samples, 1e-12)
             found["alignment_wrong_class_mass"] = wrong / max(samples, 1e-12)
@@ -228,7 +232,7 @@ class MemoryTargets(MemoryBuffers):
         self, features: Tensor, labels: Tensor, share: Tensor, step: int, values: Values
     ) -> Tensor:
         """Transport the batch; fills ``values`` in and returns the sums to exchange."""
-        if not self.moves:
+        if self.transport is None:
             return features.new_zeros(0)
         at = Moment(step, self._epsilon(step))
         moved = self.transport.move(features, labels, share, self.potentials, at)
@@ -255,6 +259,10 @@ class MemoryTargets(MemoryBuffers):
             squared=self.options.cost == "squared_euclidean",
         )
 
+    @property
+    def _within_classes(self) -> bool:
+        return self.options.transport == "class_masked"
+
     def _epsilon(self, step: int) -> float:
         return annealed_epsilon(
             step, self.steps, self.options.epsilon_start, self.options.epsilon_end
@@ -263,19 +271,22 @@ class MemoryTargets(MemoryBuffers):
     def _rows(self, features: Tensor, labels: Tensor) -> Tensor | None:
         if self.statistics is None:
             return None
-        return torch.cat([features.detach(), labels.unsqueeze(1).to(features.dtype)], dim=1)
+        first = slice(-(-_KEPT_ROWS // distributed.world_size()))
+        kept = features.detach()[first]
+        return torch.cat([kept, labels[first].unsqueeze(1).to(kept.dtype)], dim=1)
 
     def _bures(self, features: Tensor, labels: Tensor) -> Tensor:
         assert self.statistics is not None
-        # A class that has not been seen yet has no moments: it is taken to fit.
-        seen = (self.statistics.weight > 1.0).unsqueeze(1)
+        mean, variance = self.class_mean[labels], self.class_variance[labels]
+        # What few samples say of a variance may be next to nothing, and the map divides by it.
+        weight = self.statistics.weight[labels].unsqueeze(1)
+        trust = weight / (weight + _PRIOR_SAMPLES)
         return class_bures(
             features,
-            labels,
-            student_mean=torch.where(seen, self.statistics.mean, self.class_mean),
-            student_variance=torch.where(seen, self.statistics.variance, self.class_variance),
-            teacher_mean=self.class_mean,
-            teacher_variance=self.class_variance,
+            student_mean=torch.lerp(mean, self.statistics.mean[labels], trust),
+            student_variance=torch.lerp(variance, self.statistics.variance[labels], trust),
+            teacher_mean=mean,
+            teacher_variance=variance,
             scale=self.cost_scale,
         )
 
@@ -283,10 +294,11 @@ class MemoryTargets(MemoryBuffers):
     def _refresh(self, step: int) -> None:
         """Further steps of dual ascent on the ring, each rank moving its part of it."""
         assert self.statistics is not None
+        assert self.transport is not None
         features, labels = self.statistics.recent()
         mine = slice(distributed.rank(), None, distributed.world_size())
         features, labels = features[mine], labels[mine]
-        share = self.shared_classes[labels].float()
+        share = self.class_share[labels]
         # Ranks may hold parts of the ring of other lengths, and then move other numbers of pieces.
         at = Moment(step, self._epsilon(step), all_ranks_move=False)
         for _ in range(self.options.refresh_iterations):
@@ -299,7 +311,7 @@ class MemoryTargets(MemoryBuffers):
                 )
                 sent += moved.sent
             distributed.all_reduce_sum(sent)
-            self.potentials.update(sent, within_classes=self.transport.within_classes)
+            self.potentials.update(sent, within_classes=self._within_classes)
 
 
 def shares_of(targets: Sequence[MemoryTargets]) -> Tensor:

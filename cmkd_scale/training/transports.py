@@ -3,8 +3,8 @@
 - ``class_masked``: a sample goes to the prototypes of its own class alone; O(B K D).
 - ``soft_label``: to any prototype, at a price for one whose soft label does not expect the
   sample's class; O(B J D).
-- ``label_free``: to any prototype by features alone; the only one that needs no labels of its
-  samples. With many prototypes it looks at those that a search finds.
+- ``label_free``: to any prototype by features alone. Of the labels it takes their shares only,
+  for the target masses. With many prototypes it looks at those that a search finds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from cmkd_scale.training.memory_buffers import MemoryBuffers, SoftLabelTable
 Kind = Literal["class_masked", "soft_label", "label_free"]
 Cost = Literal["euclidean", "squared_euclidean"]
 
-_CHECKED_ROWS = 8  # samples a check of the search, against all prototypes
+_CHECKED = 8  # samples of the global batch in a check of the search
+_LARGEST_TABLE = 4 << 30  # bytes
 _SOFT_LABEL_CANDIDATES = 64  # heaviest entries of a plan over all prototypes, for soft labels
 
 
@@ -47,7 +48,7 @@ class AlignmentOptions:
     epsilon_start: float = 0.1
     epsilon_end: float = 0.02
     potential_rate: float = 0.1
-    potential_optimizer: Optimizer = "sgd"
+    potential_optimizer: Optimizer = "averaged"
     mass_relaxation: float | None = None
     reweight: bool = True
     search_candidates: int | None = None
@@ -77,6 +78,12 @@ def check_options(options: AlignmentOptions) -> None:
     for name in ("refresh_every_steps", "debias"):
         if getattr(options, name) and options.ring_size == 0:
             faults.append(f"method.{name} reads the ring of recent features: set method.ring_size")
+    relaxation = options.mass_relaxation
+    if relaxation is not None and relaxation < options.potential_rate:
+        faults.append(
+            f"method.mass_relaxation={relaxation:g} is below method.potential_rate="
+            f"{options.potential_rate:g}, and potentials would swing: lower the rate or relax less"
+        )
     if options.epsilon_end > options.epsilon_start:
         faults.append("method.epsilon_end is larger than method.epsilon_start: it is annealed down")
     if faults:
@@ -108,9 +115,6 @@ class Moved(NamedTuple):
 class Transport(Protocol):
     """What the modes have in common."""
 
-    within_classes: bool
-    """Whether masses are shares of a class."""
-
     def move(
         self, features: Tensor, labels: Tensor, share: Tensor, potentials: Potentials, at: Moment
     ) -> Moved:
@@ -132,7 +136,6 @@ class ClassMaskedTransport(MemoryBuffers):
     K is the widest class's number; shorter ones are filled up at mass zero.
     """
 
-    within_classes = True
     columns: Tensor
     log_mass: Tensor
     blocks: Tensor
@@ -176,7 +179,7 @@ class ClassMaskedTransport(MemoryBuffers):
         self, features: Tensor, labels: Tensor, share: Tensor, potentials: Potentials, at: Moment
     ) -> Moved:
         """Move features [B, D] to the prototypes of their labels [B]."""
-        columns = self.columns[labels]
+        columns, rising = self.columns[labels], potentials.ascending
         assignment = class_masked(
             features - self.class_mean[labels],
             labels,
@@ -184,11 +187,12 @@ class ClassMaskedTransport(MemoryBuffers):
             square_norms=self.block_norms,
             log_mass=self.log_mass[labels],
             potentials=potentials.current[columns],
+            ascending=None if rising is None else rising[columns],
             scale=self.scale,
             epsilon=at.epsilon,
             squared=self.squared,
         )
-        sent = potentials.sent_within_classes(assignment.plan, columns, labels, share)
+        sent = potentials.sent_within_classes(assignment.ascent, columns, labels, share)
         return Moved(assignment, columns, sent, sent.new_zeros(()))
 
     def soft_labels(self, moved: Moved, labels: Tensor) -> Tensor:
@@ -202,7 +206,6 @@ class ClassMaskedTransport(MemoryBuffers):
 class GlobalTransport(MemoryBuffers):
     """Every prototype is open to every sample: by soft labels, or by features alone."""
 
-    within_classes = False
     prototypes: Tensor
     square_norms: Tensor
     prototype_class: Tensor
@@ -237,6 +240,13 @@ class GlobalTransport(MemoryBuffers):
             soft = SoftLabels(
                 memory.soft_label_values, memory.soft_label_classes, memory.soft_label_rest
             )
+            size = 4 * len(memory.prototypes) * len(memory.class_names)
+            if size > _LARGEST_TABLE:
+                raise UsageError(
+                    f"method.transport=soft_label needs a table of {size / 2**30:.0f} GiB for "
+                    f"{len(memory.prototypes)} prototypes and {len(memory.class_names)} classes: "
+                    "use class_masked or label_free, or fewer memory.prototypes_per_class."
+                )
             known = torch.bincount(memory.prototype_class, minlength=len(memory.class_names)) > 0
             buffers["surprise"] = -soft.dense(known).clamp(min=1e-6).log().T.contiguous()
         return buffers
@@ -256,24 +266,27 @@ class GlobalTransport(MemoryBuffers):
         found = self._search(features, potentials, log_mass, at)
         if found is None:
             assignment = self._against_all(features, labels, potentials, log_mass, at.epsilon)
-            sent = potentials.sent_to_all(assignment.plan, labels, share)
+            sent = potentials.sent_to_all(assignment.ascent, labels, share)
             others = self.prototype_class.unsqueeze(0) != labels.unsqueeze(1)
             wrong = (assignment.plan * others).sum(1) @ share
             width = min(_SOFT_LABEL_CANDIDATES, assignment.plan.shape[1])
             heaviest = assignment.plan.topk(width, dim=1)
             plan = heaviest.values / heaviest.values.sum(1, keepdim=True).clamp(min=1e-12)
-            return Moved(Assignment(assignment.cost, plan), heaviest.indices, sent, wrong)
-        ids = found.clamp(min=0)
+            return Moved(
+                Assignment(assignment.cost, plan, assignment.ascent), heaviest.indices, sent, wrong
+            )
+        ids, rising = found.clamp(min=0), potentials.ascending
         assignment = against_candidates(
             features,
             candidates=self.prototypes[ids],
             log_mass=log_mass[ids].masked_fill(found < 0, -torch.inf),
             potentials=potentials.current[ids],
+            ascending=None if rising is None else rising[ids],
             scale=self.scale,
             epsilon=at.epsilon,
             squared=self.squared,
         )
-        sent = potentials.sent_within_classes(assignment.plan, ids, labels, share)
+        sent = potentials.sent_within_classes(assignment.ascent, ids, labels, share)
         others = self.prototype_class[ids] != labels.unsqueeze(1)
         return Moved(assignment, ids, sent, (assignment.plan * others).sum(1) @ share)
 
@@ -296,6 +309,7 @@ class GlobalTransport(MemoryBuffers):
             square_norms=self.square_norms,
             log_mass=log_mass,
             potentials=potentials.current,
+            ascending=potentials.ascending,
             scale=self.scale,
             epsilon=epsilon,
             squared=self.squared,
@@ -325,7 +339,7 @@ class GlobalTransport(MemoryBuffers):
         elif due:
             self._index.refresh(self.searched)
         if due:
-            self._check(features[:_CHECKED_ROWS].detach().float(), wanted, potentials, log_mass, at)
+            self._check(features.detach().float(), wanted, potentials, log_mass, at)
         if float(self.captured) < self.options.search_least_mass:
             return None
         return self._index.search(features.detach().float(), wanted)[1]
@@ -333,12 +347,18 @@ class GlobalTransport(MemoryBuffers):
     def _check(
         self, rows: Tensor, wanted: int, potentials: Potentials, log_mass: Tensor, at: Moment
     ) -> None:
-        """Measure what share of the whole plan the candidates hold; the mean over ranks."""
+        """Measure what share of the whole plan the candidates hold, of the first samples of the
+        global batch: row i of rank r is its sample i W + r, for any W."""
         assert self._index is not None
-        ids = self._index.search(rows, wanted)[1]
-        whole = self._against_all(rows, ids[:, 0], potentials, log_mass, at.epsilon).plan
-        held = whole.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0).sum(1).mean()
-        self.captured.copy_(distributed.all_reduce_sum(held) / distributed.world_size())
+        first = range(distributed.rank(), _CHECKED, distributed.world_size())
+        rows = rows[: len(first)]
+        sums = rows.new_tensor([0.0, float(len(rows))])
+        if len(rows):
+            ids = self._index.search(rows, wanted)[1]
+            whole = self._against_all(rows, ids[:, 0], potentials, log_mass, at.epsilon).plan
+            sums[0] = whole.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0).sum()
+        held, samples = distributed.all_reduce_sum(sums)
+        self.captured.copy_(held / samples)
 
 
 def make_transport(

@@ -26,11 +26,10 @@ def test_value_against_pot_and_gradient_against_autograd_of_pooled_moments() -> 
     ours = z.float().requires_grad_()
     value = class_bures(
         ours,
-        labels,
-        student_mean=torch.stack([mean for mean, _ in moments]).detach().float(),
-        student_variance=torch.stack([variance for _, variance in moments]).detach().float(),
-        teacher_mean=teacher_mean.float(),
-        teacher_variance=teacher_variance.float(),
+        student_mean=torch.stack([mean for mean, _ in moments]).detach().float()[labels],
+        student_variance=torch.stack([spread for _, spread in moments]).detach().float()[labels],
+        teacher_mean=teacher_mean.float()[labels],
+        teacher_variance=teacher_variance.float()[labels],
         scale=2.0,
     )
     value.mean().backward()
@@ -54,10 +53,9 @@ def test_value_against_pot_and_gradient_against_autograd_of_pooled_moments() -> 
 
 def test_a_class_without_spread_has_a_finite_gradient() -> None:
     z = torch.zeros(2, 3, requires_grad=True)
-    ones, zeros = torch.ones(1, 3), torch.zeros(1, 3)
+    ones, zeros = torch.ones(2, 3), torch.zeros(2, 3)
     class_bures(
         z,
-        torch.zeros(2, dtype=torch.int64),
         student_mean=zeros,
         student_variance=zeros,
         teacher_mean=ones,

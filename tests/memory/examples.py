@@ -78,10 +78,7 @@ def build_with(
     labels = (kept + rest).nonzero()[:, 0]
     risk.update(torch.full((len(labels), 1), 0.5), labels)
     recipe = Recipe(weight, bias, 4.0, prototypes_per_class, covariance_rank)
-    if previous is not None:
-        recipe = replace(
-            recipe, previous=previous.prototypes, previous_class=previous.prototype_class
-        )
+    recipe = replace(recipe, previous=previous)
     return build_memory(
         spool,
         risk,

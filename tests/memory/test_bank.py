@@ -15,7 +15,15 @@ from cmkd_scale.memory.bank import (
     save_memory,
     thin_classes,
 )
-from tests.memory.examples import build_from, example_memory, teacher_data
+from cmkd_scale.operations.inspect import memory_info
+from tests.memory.examples import (
+    batches_of,
+    build_from,
+    build_with,
+    example_memory,
+    spool_of,
+    teacher_data,
+)
 
 
 def test_a_saved_memory_loads_unchanged(tmp_path: Path) -> None:
@@ -96,4 +104,27 @@ def test_classes_of_few_samples_are_named() -> None:
         "with_one_sample": {"count": 1, "first": ["class 1"]},
         "with_fewer_prototypes": {"count": 3, "first": ["class 1", "class 2", "class 3"]},
     }
-    assert thin_classes(memory)["with_fewer_prototypes"]["first"] == ["class 1"]
+    assert thin_classes(memory)["with_fewer_prototypes"]["count"] == 0
+
+
+def test_a_class_of_equal_samples_has_fewer_prototypes_than_were_asked_for() -> None:
+    features, labels, weight, bias = teacher_data()
+    features[labels == 3] = 1.0
+    spool = spool_of(batches_of(features, labels))
+    for wanted in (None, 5):
+        memory = build_with(spool, weight, bias, prototypes_per_class=wanted)
+        memory = replace(memory, provenance={"prototypes_per_class": wanted})
+        assert memory.prototype_class.bincount()[3] == 1
+        fewer = thin_classes(memory)["with_fewer_prototypes"]
+        assert fewer == {"count": 1, "first": ["class 3"]}
+
+
+def test_memory_info_knows_no_risk_where_nothing_was_held_out(tmp_path: Path) -> None:
+    memory = example_memory()
+    for held_out, mean in ((6, 0.5), (2, 0.5), (0, None)):
+        risk = memory.class_risk.clone()
+        risk[held_out:] = torch.nan
+        save_memory(replace(memory, class_risk=risk), tmp_path / FILE_NAME)
+        info = memory_info(tmp_path)
+        assert info["classes_with_held_out_risk"] == held_out
+        assert info["mean_held_out_risk"] == mean

@@ -13,6 +13,8 @@ from cmkd_scale.errors import UsageError
 from cmkd_scale.memory import build
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.memory.build import class_blocks, owners
+from cmkd_scale.memory.kmeans import prototype_count
+from cmkd_scale.memory.one_class import Recipe
 from tests.conftest import REPOSITORY, Launch
 from tests.memory.examples import (
     batches_of,
@@ -85,12 +87,14 @@ def test_moments_are_those_of_all_samples_kept_or_not(limit: int) -> None:
 
 
 def check_covariance(memory: PrototypeMemory, label: int, samples: np.ndarray) -> None:
-    """F^T F is the best approximation of its rank (Eckart and Young), by the SVD of NumPy."""
+    """F^T F is the best approximation of its rank (Eckart and Young), by the SVD of NumPy, but for
+    features that vary more among the kept samples than among all."""
     factor = memory.class_factor[label].double().numpy()
     centred = samples - samples.mean(0)
     _, singular, directions = np.linalg.svd(centred / np.sqrt(len(samples)))
     best = (directions[:4].T * singular[:4] ** 2) @ directions[:4]
-    np.testing.assert_allclose(factor.T @ factor, best, atol=1e-6)
+    scale = np.sqrt(np.minimum(1.0, memory.class_variance[label].numpy() / np.diag(best)))
+    np.testing.assert_allclose(factor.T @ factor, best * scale[:, None] * scale, atol=2e-6)
 
 
 def test_a_factor_of_full_rank_and_the_diagonal_are_the_covariance() -> None:
@@ -141,21 +145,58 @@ def test_masses_and_soft_labels_sum_to_one() -> None:
 
 
 @given(
-    kept=st.lists(st.integers(0, 50), min_size=1, max_size=30),
-    ranks=st.integers(1, 4),
-    limit=st.integers(1, 20_000),
+    held=st.integers(1, 4).flatmap(
+        lambda ranks: st.lists(
+            st.lists(st.integers(0, 50), min_size=ranks, max_size=ranks), min_size=1, max_size=30
+        )
+    ),
+    wanted=st.sampled_from([None, 7]),
+    limit=st.integers(1, 40_000),
 )
-def test_blocks_hold_every_class_once_and_no_more_than_fits(
-    kept: list[int], ranks: int, limit: int
+def test_blocks_hold_every_class_once_and_no_more_than_fits_on_any_rank(
+    held: list[list[int]], wanted: int | None, limit: int
 ) -> None:
+    classes, dim, rank = len(held), 4, 3
+    recipe = Recipe(torch.zeros(classes, dim), torch.zeros(classes), 4.0, wanted, rank)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "BLOCK_BYTES", limit)
-        blocks = list(class_blocks(torch.tensor(kept), 4, ranks))
+        blocks = list(class_blocks(torch.tensor(held).T, recipe))
     assert [first for first, _ in blocks] == [0, *(stop for _, stop in blocks[:-1])]
-    assert blocks[-1][1] == len(kept)
+    assert blocks[-1][1] == classes
+
+    def size(first: int, stop: int) -> int:
+        rows = 0
+        for on_ranks in held[first:stop]:
+            samples = sum(on_ranks)
+            prototypes = prototype_count(samples, wanted)
+            # Mean, variance, factor, label and two counts; centre, class, mass, radius, soft label.
+            rows += 4 * (2 + rank) * dim + 24 + prototypes * (4 * dim + 20 + 8 * classes)
+            rows += 4 * samples  # their spread
+        return rows + 4 * dim * max(map(sum, zip(*held[first:stop], strict=True)))
+
     for first, stop in blocks:
-        size = sum(16 * (samples + 32 * ranks) for samples in kept[first:stop])
-        assert size <= limit * ranks or stop == first + 1
+        assert size(first, stop) <= limit or stop == first + 1
+        if stop < classes:  # the next class would not have fitted
+            assert size(first, stop + 1) > limit
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_the_size_of_a_block_is_that_of_the_rows_it_becomes(follows: bool) -> None:
+    features, labels, weight, bias = teacher_data()
+    before = build_with(
+        spool_of(batches_of(features, labels)), weight, bias, prototypes_per_class=7
+    )
+    memory = before if follows else build_from(features, labels, weight, bias)
+    recipe = Recipe(weight, bias, 4.0)
+    if follows:
+        recipe = replace(recipe, previous=before)
+    others = ("head_weight", "head_bias", "cost_scale", "class_risk")
+    rows = sum(rows.nbytes for name, rows in memory.tensors().items() if name not in others)
+    total = rows + 6 * 8 + 4 * len(labels) + features.nbytes  # labels, spread, what is read
+    for limit, expected in ((total, 1), (total - 1, 2)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "BLOCK_BYTES", limit)
+            assert len(list(class_blocks(memory.class_kept.unsqueeze(0), recipe))) == expected
 
 
 @given(

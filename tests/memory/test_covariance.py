@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from cmkd_scale.memory.covariance import low_rank_factor
+from cmkd_scale.memory.covariance import low_rank_factor, within_variance
 
 
 def features(count: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -40,6 +40,23 @@ def test_few_samples_span_few_directions(count: int, spanned: int) -> None:
     factor = low_rank_factor(features(count, 6), 4)
     assert factor.shape == (4, 6)
     assert (factor.norm(dim=1) > 0).tolist() == [row < spanned for row in range(4)]
+
+
+def test_a_factor_is_shortened_only_where_it_exceeds_the_variance() -> None:
+    rows = features(50, 6)
+    factor, variance = low_rank_factor(rows, 3), rows.var(0, correction=0)
+    assert torch.equal(within_variance(factor, variance), factor)
+    variance[1], variance[4] = 0.5 * factor[:, 1].square().sum(), 0.0
+    tables = within_variance(factor.expand(2, 3, 6), torch.stack([variance, 1e6 * variance]))
+    short = tables[0].double().numpy()
+    same = np.array([True, False, True, True, False, True])
+    np.testing.assert_array_equal(short[:, same], factor.numpy()[:, same])
+    np.testing.assert_allclose(short[:, 1], factor.numpy()[:, 1] / np.sqrt(2.0), rtol=1e-5)
+    assert (short[:, 4] == 0.0).all()
+    assert (variance.double().numpy() - (short**2).sum(0) >= 0.0).all()
+    whole = short.T @ short + np.diag(variance.double().numpy() - (short**2).sum(0))
+    assert np.linalg.eigvalsh(whole).min() > -1e-12
+    assert (tables[1, :, same] == factor[:, same]).all()
 
 
 def test_equal_samples_have_no_direction() -> None:

@@ -18,7 +18,7 @@ SCRIPT = REPOSITORY / "tests" / "scripts" / "potentials.py"
 
 def make(mass: list[float], classes: list[int], **options: Any) -> Potentials:
     count = torch.full((max(classes) + 1,), 10)
-    defaults: dict[str, Any] = {"rate": 0.1}
+    defaults: dict[str, Any] = {"rate": 0.1, "optimizer": "sgd"}
     return Potentials(torch.tensor(mass), torch.tensor(classes), count, **{**defaults, **options})
 
 
@@ -37,12 +37,11 @@ def ascend(
     return plan, errors
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "averaged", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "averaged"])
 def test_ascent_within_classes_reaches_their_masses(optimizer: Optimizer) -> None:
     generator = torch.Generator().manual_seed(0)
-    rate = 0.005 if optimizer == "adam" else 0.05
     masses = [0.7, 0.3, 0.5, 0.25, 0.25]
-    potentials = make(masses, [0, 0, 1, 1, 1], rate=rate, optimizer=optimizer)
+    potentials = make(masses, [0, 0, 1, 1, 1], rate=0.1, optimizer=optimizer)
     columns = torch.tensor([[0, 1, 0], [2, 3, 4]])
     log_mass = torch.tensor([[0.7, 0.3, 0.0], [0.5, 0.25, 0.25]]).log()
     prototypes = torch.randn(5, 2, generator=generator)
@@ -75,14 +74,13 @@ def test_absent_classes_and_unknown_samples_move_nothing() -> None:
     assert potentials.value.tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "averaged", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "averaged"])
 def test_the_semi_dual_ends_at_sinkhorns_plan(optimizer: Optimizer) -> None:
     generator = torch.Generator().manual_seed(1)
     cost = torch.rand(24, 6, generator=generator)
     labels = torch.arange(24) % 2
     mass = [0.5, 0.3, 0.2, 0.6, 0.3, 0.1]
-    rate = 0.003 if optimizer == "adam" else 0.05
-    potentials = make(mass, [0, 0, 0, 1, 1, 1], rate=rate, optimizer=optimizer)
+    potentials = make(mass, [0, 0, 0, 1, 1, 1], rate=0.1, optimizer=optimizer)
     plan, errors = ascend(potentials, cost, labels, 0.05, 4000)
     assert errors[-1] < 2e-3
     target = np.array(mass) / 2
@@ -130,6 +128,15 @@ def test_a_class_that_the_memory_lacks_has_no_part_in_the_marginal() -> None:
     potentials = Potentials(torch.tensor([1.0]), torch.tensor([0]), torch.tensor([10, 0]), rate=0.1)
     potentials.observe(torch.tensor([0.0, 5.0, 95.0]))
     torch.testing.assert_close(potentials.class_marginal(), torch.tensor([1.0, 0.0]))
+
+
+def test_a_class_long_out_of_sight_has_no_part_in_the_marginal_error() -> None:
+    potentials = make([0.5, 0.5, 1.0], [0, 0, 1])
+    potentials.observe(torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]))
+    for _ in range(12_000):
+        potentials.observe(torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0]))
+    error = float(potentials.marginal_error(within_classes=True))
+    assert error == pytest.approx(0.0, abs=1e-4)
 
 
 @pytest.mark.multirank

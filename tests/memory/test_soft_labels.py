@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmkd_scale.memory import soft_labels
-from cmkd_scale.memory.soft_labels import compress, concatenate, mean_probabilities
+from cmkd_scale.memory.soft_labels import compress, concatenate, head_says, mean_probabilities
 
 
 def probabilities(count: int, classes: int, seed: int = 0) -> torch.Tensor:
@@ -49,6 +49,40 @@ def test_what_is_left_goes_to_known_classes_only() -> None:
     dense = compress(whole, 2, known).dense(known)
     assert dense[:, ~known].abs().max() == 0
     torch.testing.assert_close(dense.sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("keep", [3, 6])
+@pytest.mark.parametrize("unknown", [[0, 1, 2], [5, 6, 7], [0, 4, 7]])
+def test_what_is_left_is_shared_rightly_among_probabilities_of_0(
+    keep: int, unknown: list[int]
+) -> None:
+    # Whichever of the equal ones are listed, what rounding has left goes to the other known ones.
+    known = torch.ones(8, dtype=torch.bool)
+    known[unknown] = False
+    rows = torch.diag(torch.full((8,), 0.99))[known]
+    dense = compress(rows, keep, known).dense(known)
+    torch.testing.assert_close(dense.sum(1), torch.ones(5) if keep < 5 else rows.sum(1))
+    assert dense[:, ~known].abs().max() == 0.0
+
+
+@pytest.mark.parametrize("keep", [3, 7])
+def test_what_a_head_says_of_points_against_float64(
+    monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    monkeypatch.setattr(soft_labels, "_MOST_ENTRIES", 30)
+    generator = torch.Generator().manual_seed(1)
+    points = torch.randn(11, 5, generator=generator)
+    weight, bias = torch.randn(7, 5, generator=generator), torch.randn(7, generator=generator)
+    known = torch.tensor([True] * 5 + [False, True])
+    says = torch.zeros(11, 7, dtype=torch.float64)
+    logits = points.double() @ weight.double().T + bias.double()
+    says[:, known] = torch.softmax(logits[:, known] / 2.0, 1)
+    found = head_says(points, weight, bias, 2.0, keep=keep, known=known).dense(known)
+    expected = compress(says.float(), keep, known).dense(known)
+    torch.testing.assert_close(found, expected)
+    assert found[:, 5].tolist() == [0.0] * 11
+    whole = head_says(points, weight, bias, 2.0, keep=7).values
+    torch.testing.assert_close(whole, torch.softmax(logits / 2.0, 1).float())
 
 
 def test_rows_are_joined_in_order() -> None:

@@ -14,7 +14,9 @@ from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.memory import spool as spool_module
 from cmkd_scale.memory.spool import Spool
 from cmkd_scale.memory.spool_part import PassedBatch, part_tensors
+from cmkd_scale.memory.statistics import Moments
 from cmkd_scale.memory.sync import agree_on_batches
+from tests.conftest import Launch
 from tests.memory.examples import (
     batches_of,
     build_with,
@@ -184,6 +186,79 @@ def test_parts_that_repeat_batches_are_not_counted_twice() -> None:
     accepted, finished = agree_on_batches(stored)
     assert accepted == {3, 9}
     assert finished.tolist() == [0, 1, 2]
+
+
+def test_half_written_parts_of_killed_writers_are_removed(
+    batches: list[PassedBatch], tmp_path: Path
+) -> None:
+    spool_of(batches, tmp_path)
+    (tmp_path / ".part-0123.safetensors.4711.tmp").write_bytes(b"half")
+    assert Spool(8, tmp_path).take_up().tolist() == list(range(9))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_missing_samples_are_counted(batches: list[PassedBatch], tmp_path: Path) -> None:
+    lacking = dataclasses.replace(batches[0], missing=torch.tensor([77, 78]))
+    spool = spool_of([lacking, *batches[1:]], tmp_path)
+    again = Spool(8, tmp_path)
+    again.take_up()
+    assert spool.missing() == again.missing() == 2
+
+
+@pytest.mark.parametrize("classes", [2, 6, 40, 2000])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_part_takes_no_more_space_than_its_samples(classes: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    features = torch.randn(160, 64, generator=generator)
+    labels = torch.randint(classes, (160,), generator=generator)
+    kept = torch.rand(160, generator=generator) < share
+    positions = torch.arange(160)
+    batch = PassedBatch(0, positions, labels, features, kept, torch.zeros(0, dtype=torch.int64))
+    tensors = part_tensors([batch], 64)
+    # Beside the features a place and a class for each sample, at most, and one batch number.
+    assert sum(rows.nbytes for rows in tensors.values()) <= 160 * (4 * 64 + 24) + 16
+    spool = Spool(64)
+    spool.add(batch)
+    spool.flush()
+    rest = spool.read_rest(0, classes)
+    expected = Moments(classes, 64)
+    expected.update(features[~kept], labels[~kept])
+    for one, other in zip(rest.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(spool.counts(classes)[1], expected.count)
+
+
+FAILING = """
+import sys
+import tempfile
+import torch.distributed as dist
+from pathlib import Path
+from cmkd_scale import distributed
+from cmkd_scale.errors import CmkdError, IntegrityError
+from cmkd_scale.memory.spool import Spool
+from tests.memory.examples import batches_of, spool_of, teacher_data
+dist.init_process_group("gloo")
+features, labels, _, _ = teacher_data()
+def still_missing(positions):
+    if distributed.rank() == 1:
+        raise IntegrityError("unreadable")
+    return True
+with tempfile.TemporaryDirectory() as directory:
+    spool_of(batches_of(features, labels), Path(directory))
+    try:
+        Spool(8, Path(directory)).take_up(still_missing)
+    except CmkdError as error:
+        print(f"code {error.exit_code}\\n", end="", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.multirank
+def test_a_failure_while_parts_are_read_ends_all_ranks(launch: Launch, tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = launch(script, processes=2)
+    assert done.stdout.split("\n")[:-1] == ["code 42"] * 2
 
 
 def test_a_diverged_teacher_is_refused_when_the_batch_comes(batches: list[PassedBatch]) -> None:

@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from cmkd_scale.monitoring.report import write_report
 from cmkd_scale.stages.evaluate import evaluate
 from cmkd_scale.stages.student import student
 from tests.conftest import Launch
@@ -114,6 +115,11 @@ def test_two_teachers_of_other_widths_teach_one_student(story: Story, tmp_path: 
     assert tensors["projectors.1.weight"].shape == (8, 12)
     again = evaluate(story.config(tmp_path))
     assert again["metrics"] == results["metrics"]
+    assert results["memory_files"] == [str(story.memory / "memory.safetensors")] * 2
+    # The report draws features and prototypes in one space.
+    assert load_file(tmp_path / "predictions.safetensors")["features"].shape[1] == 8
+    pictures = write_report([tmp_path], tmp_path / "report.html")
+    assert any("prototype" in picture.name for picture in pictures)
 
 
 def test_the_student_is_measured_against_the_memory(story: Story, tmp_path: Path) -> None:
@@ -137,7 +143,7 @@ def test_the_student_is_measured_against_the_memory(story: Story, tmp_path: Path
             "search_candidates": 4,
             "search_refresh_steps": 3,
         },
-        {"potential_optimizer": "adam", "potential_rate": 0.01, "mass_relaxation": 0.5},
+        {"potential_optimizer": "sgd", "mass_relaxation": 0.5},
         {"debias": True, "refresh_every_steps": 2, "weights": {"class_bures": 0.1}},
     ],
 )

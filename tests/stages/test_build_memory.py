@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -19,13 +20,22 @@ import yaml
 
 from cmkd_scale.config import Config, make_config
 from cmkd_scale.data.manifest import MANIFEST, manifest_digest
-from cmkd_scale.errors import UsageError
-from cmkd_scale.memory import spool
-from cmkd_scale.memory.bank import load_memory, save_memory
+from cmkd_scale.errors import (
+    EXIT_INTEGRITY,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+    PreemptedError,
+    UsageError,
+)
+from cmkd_scale.memory import build, spool
+from cmkd_scale.memory.bank import PrototypeMemory, load_memory, save_memory
+from cmkd_scale.memory.one_class import describe_class
 from cmkd_scale.memory.spool import Spool
 from cmkd_scale.memory.spool_part import PassedBatch
+from cmkd_scale.stages import build_memory, pass_identity
 from cmkd_scale.stages.build_memory import memory
 from cmkd_scale.stages.pass_plan import Plan, choose_by_key, key_hash
+from cmkd_scale.stages.runs import versions
 from cmkd_scale.stages.streams import open_split
 from cmkd_scale.stages.teacher_pass import PASS
 from tests.conftest import REPOSITORY, Launch
@@ -302,3 +312,191 @@ def test_a_memory_may_follow_that_of_an_earlier_teacher(
     save_memory(replace(before, class_names=("a", "b", "c", "d")), path)
     with pytest.raises(UsageError, match=r"memory\.previous.*other classes"):
         memory(config(story, tmp_path / "other", memory={"previous": str(path)}))
+    assert load_memory(tmp_path / "run").provenance["previous"] == before.digest()
+
+
+ONE_RANK = """
+import os, signal, sys
+from cmkd_scale.cli import main
+from cmkd_scale.memory import spool
+from cmkd_scale.memory.spool_part import Part
+from cmkd_scale.stages import teacher_pass
+
+teacher_pass.MEETING_BATCHES = 2
+real, seen = spool.Spool.add, []
+
+def full(*given):
+    raise OSError("no space left")
+
+def add(self, batch):
+    seen.append(batch)
+    if os.environ["RANK"] == "1" and len(seen) == 3:
+        if sys.argv[1] == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif sys.argv[1] == "diverged":
+            batch.features[0, 0] = float("nan")
+        else:
+            spool.PART_BATCHES, Part.write = 3, full
+    real(self, batch)
+
+spool.Spool.add = add
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(
+    ("what", "code", "says", "passed"),
+    [
+        # Ranks meet after two batches; rank 1 ends in its third, and rank 0 after its fourth.
+        ("signal", EXIT_PREEMPTED, "Stopped by a signal", 4 + 3),
+        ("diverged", EXIT_INTEGRITY, "its training has diverged", 4 + 2),
+        ("full", EXIT_USAGE, "no space left", 4),
+    ],
+)
+def test_what_ends_one_rank_ends_all_and_keeps_what_has_passed(
+    story: Story, tmp_path: Path, launch: Launch, what: str, code: int, says: str, passed: int
+) -> None:
+    run, file, script = tmp_path / "run", tmp_path / "memory.yaml", tmp_path / "one_rank.py"
+    file.write_text(yaml.safe_dump(tree(story, run)))
+    script.write_text(ONE_RANK)
+    done = launch(script, what, "memory", "--config", file, processes=2, check=False)
+    assert f"exitcode  : {code}" in done.stderr, done.stderr
+    assert says in done.stderr, done.stderr
+    assert not (run / "memory.safetensors").exists()
+    again = memory(config(story, run))
+    assert again["metrics"]["memory/batches_reused"] == passed
+    assert again["memory_digest"] == memory(config(story, tmp_path / "whole"))["memory_digest"]
+
+
+def test_a_signal_ends_the_build_between_two_blocks(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = describe_class, []
+
+    def describe(label: int, *rest: Any) -> Any:
+        seen.append(label)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(label, *rest)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "BLOCK_BYTES", 1)
+        patch.setattr(build, "describe_class", describe)
+        with pytest.raises(PreemptedError):
+            memory(config(story, run))
+    assert seen == [0, 1]
+    assert memory(config(story, run))["metrics"]["memory/batches_reused"] == 15
+
+
+def test_parts_go_when_there_are_results(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **named: Any) -> None:
+        raise UsageError("no space left")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(build_memory, "write_results", full)
+        with pytest.raises(UsageError, match="no space left"):
+            memory(config(story, run))
+    assert list((run / PASS).glob("part-*"))
+    memory(config(story, run))
+    assert (run / "results.json").exists()
+    assert not (run / PASS).exists()
+
+
+def test_a_finished_run_is_not_built_again(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[PrototypeMemory] = []
+    real = PrototypeMemory.digest
+
+    def digest(self: PrototypeMemory) -> str:
+        hashed.append(self)
+        return real(self)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(PrototypeMemory, "digest", digest)
+        first = memory(config(story, run))
+    assert len(hashed) == 1
+    (run / "results.json").unlink()
+    passed: list[PassedBatch] = []
+    monkeypatch.setattr(Spool, "add", recording(Spool.add, passed))
+    again = memory(config(story, run))
+    assert passed == []
+    for results in (first, again):
+        del results["metrics"]["memory/peak_resident_bytes"]
+    assert again["metrics"] == {**first["metrics"], "memory/batches_reused": 15}
+    assert again["memory_digest"] == first["memory_digest"]
+    assert json.loads((run / "results.json").read_text())["stage"] == "memory"
+    content = (run / "memory.safetensors").read_bytes()
+    (run / "memory.safetensors").write_bytes(content[:-1])
+    assert memory(config(story, run))["memory_digest"] == first["memory_digest"]
+    assert len(passed) == 15
+    assert load_memory(run).provenance["counts"]["memory/batches"] == 15
+
+
+def test_a_finished_run_is_built_again_after_another_memory(
+    story: Story, own_story: Story, tmp_path: Path
+) -> None:
+    following = config(story, tmp_path / "run", memory={"previous": str(own_story.memory)})
+    before = load_memory(own_story.memory)
+    digests = {memory(following)["memory_digest"] for _ in range(2)}
+    moved = replace(before, prototypes=before.prototypes.flip(0))
+    save_memory(moved, own_story.memory / "memory.safetensors")
+    digests.add(memory(following)["memory_digest"])
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("other", ["processor", "version"])
+def test_parts_of_another_kind_of_machine_are_not_used(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    leave_parts(story, tmp_path / "run")
+    known = versions()
+    with monkeypatch.context() as patch:
+        if other == "processor":
+            patch.setattr(pass_identity, "processor", lambda device: "another")
+        else:
+            patch.setattr(pass_identity, "versions", lambda: {**known, "torch": "0"})
+        results = memory(config(story, tmp_path / "run"))
+    assert results["metrics"]["memory/batches_reused"] == 0
+    # The finished memory serves on any machine.
+    again = memory(config(story, tmp_path / "run"))
+    assert again["metrics"]["memory/batches_reused"] == 15
+
+
+def test_the_processor_has_a_name() -> None:
+    name = pass_identity.processor(torch.device("cpu"))
+    assert name == name.strip() != ""
+
+
+def test_only_what_is_still_damaged_counts_as_skipped(
+    story: Story, own_story: Story, tmp_path: Path
+) -> None:
+    lenient = {"max_bad_fraction": 0.05}
+    damage(own_story, 7, 8)
+    run = tmp_path / "run"
+    leave_parts(own_story, run, data=lenient)
+    shutil.rmtree(own_story.shards)
+    shutil.copytree(story.shards, own_story.shards)
+    results = memory(config(own_story, run, data=lenient))  # quarantine.jsonl remembers both
+    assert results["metrics"]["memory/samples"] == 60
+    assert results["metrics"]["memory/skipped"] == 0
+
+
+def test_a_class_without_a_kept_sample_is_not_known(own_story: Story, tmp_path: Path) -> None:
+    data = open_split(make_config({"data": {"shards": str(own_story.shards)}}), "train")
+    plan = Plan.make(data, 5)
+    key = data.reader.key(int(plan.places[choose_by_key(data, plan, 1)][0]))
+    damage(own_story, int(key.rsplit("-", 1)[1]))
+    few = {"max_samples_per_class": 1}
+    lenient = {"max_bad_fraction": 0.05}
+    metrics = memory(config(own_story, tmp_path / "run", data=lenient, memory=few))["metrics"]
+    built = load_memory(tmp_path / "run")
+    assert sorted(built.class_count.tolist()) == [14, 15, 15, 15]
+    assert sorted(built.class_kept.tolist()) == [0, 1, 1, 1]
+    assert metrics["memory/classes"] == len(built.prototype_class.unique()) == 3

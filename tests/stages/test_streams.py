@@ -103,6 +103,42 @@ def test_a_lost_shard_is_refused_before_training(own_story: Story, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+SEPARATE_DISKS = """
+import sys
+import torch.distributed as dist
+from pathlib import Path
+from cmkd_scale import distributed
+from cmkd_scale.config import make_config
+from cmkd_scale.errors import IntegrityError
+from cmkd_scale.stages.streams import open_quarantine, open_split
+dist.init_process_group("gloo")
+data = open_split(make_config({"data": {"shards": sys.argv[1]}}), "train")
+for allowed in (0.05, 0.04):
+    try:
+        found = open_quarantine(Path(sys.argv[2], str(distributed.rank())), data, allowed, 60)
+        line = f"{len(found)} known"
+    except IntegrityError:
+        line = "refused"
+    print(line + "\\n", end="", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.multirank
+def test_machines_that_share_no_disk_know_the_same_damaged_samples(
+    story: Story, tmp_path: Path, launch: Launch
+) -> None:
+    script = tmp_path / "separate_disks.py"
+    script.write_text(SEPARATE_DISKS)
+    name = load_manifest(story.shards / "text" / "train").name
+    for rank, places in (("0", [7, 8]), ("1", [8, 9])):
+        (tmp_path / rank).mkdir()
+        lines = [json.dumps({"data": name, "place": place}) + "\n" for place in places]
+        (tmp_path / rank / "quarantine.jsonl").write_text("".join(lines))
+    done = launch(script, story.shards, tmp_path, processes=3)
+    assert sorted(done.stdout.split("\n")[:-1]) == ["3 known"] * 3 + ["refused"] * 3
+
+
 @pytest.mark.multirank
 def test_ranks_together_stay_within_the_budget(
     own_story: Story, tmp_path: Path, launch: Launch

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from cmkd_scale.losses import LOSSES
 from cmkd_scale.memory.alignment import align_to_student
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.models.model import Model
@@ -162,7 +163,7 @@ def test_finishing_a_step_moves_potentials_and_statistics() -> None:
 
 def test_potentials_and_statistics_are_saved_and_the_memory_is_not() -> None:
     saved = {key for key in make("ucmkd_global").state_dict() if not key.startswith("model.")}
-    potentials = {"value", "seen", "recent", "updates"}
+    potentials = {"value", "average", "seen", "recent", "updates"}
     statistics = {"weight", "mean", "variance", "ring", "ring_labels", "ring_steps", "written"}
     assert saved == {f"targets.0.potentials.{name}" for name in potentials} | {
         f"targets.0.statistics.{name}" for name in statistics
@@ -188,9 +189,15 @@ def test_a_projector_bridges_widths_and_carries_the_head_across(dim: int) -> Non
     assert {"projectors.0.weight", "projectors.0.bias"} <= set(module.state_dict())
 
 
-def test_a_projector_that_no_loss_reads_is_not_trained() -> None:
+@pytest.mark.parametrize("component", sorted(name for name in LOSSES if LOSSES[name].by_teacher))
+def test_a_projector_is_trained_if_a_loss_has_a_gradient_through_it(component: str) -> None:
     # Under DDP a trained parameter without a gradient ends the run.
-    module = make("kd_memory", dim=12)
+    off = dict.fromkeys(METHODS["ucmkd_global"].weights, 0.0)
+    if component in off:
+        weights = {**off, component: 1.0, "smoothed_cross_entropy": 1.0}
+        module = make("ucmkd_global", dim=12, weights=weights)
+    else:
+        module = make("kd_memory", dim=12)
     module(*batch(), 0).loss.backward()
     for name, parameter in module.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
