@@ -10,9 +10,9 @@ from cmkd_scale.config import Config
 from cmkd_scale.memory.bank import FILE_NAME, load_memory
 from cmkd_scale.stages.common import DEFAULT_FEATURE_DIM
 from cmkd_scale.stages.train import Recipe, alignment_options, train
+from cmkd_scale.training.alignment_options import check_options
 from cmkd_scale.training.methods import check_needs, resolve_method
 from cmkd_scale.training.targets import MemoryTargets
-from cmkd_scale.training.transports import check_options
 
 _log = logging.getLogger(__name__)
 

@@ -27,13 +27,13 @@ from cmkd_scale.stages.streams import (
     make_train_loader,
     open_split,
 )
+from cmkd_scale.training.alignment_options import AlignmentOptions
 from cmkd_scale.training.checkpoint import blob_name, load_newest
 from cmkd_scale.training.distillation import Distillation
 from cmkd_scale.training.engine import Engine
 from cmkd_scale.training.loop import Trainer
 from cmkd_scale.training.methods import Method
 from cmkd_scale.training.targets import MemoryTargets
-from cmkd_scale.training.transports import AlignmentOptions
 
 
 @dataclass(frozen=True, slots=True)

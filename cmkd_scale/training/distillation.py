@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from cmkd_scale.losses import LOSSES
 from cmkd_scale.models.model import Model
 from cmkd_scale.records import ModelOutput
+from cmkd_scale.training.exchange import Exchange, Outgoing
 from cmkd_scale.training.methods import Method
-from cmkd_scale.training.targets import Exchange, MemoryTargets, Outgoing, Values, shares_of
+from cmkd_scale.training.targets import MemoryTargets, Values
 
 
 class StepResult(NamedTuple):
@@ -173,6 +174,12 @@ def place_for_own_space(width: int, targets: Sequence[MemoryTargets]) -> int | N
     """Which memory the student shares its feature space with: the first of its own width."""
     widths = [target.feature_dim for target in targets]
     return widths.index(width) if width in widths else None
+
+
+def shares_of(targets: Sequence[MemoryTargets]) -> Tensor:
+    """[M, C] weight of each of M memories for each class: equal parts among those that know it."""
+    known = torch.stack([target.shared_classes for target in targets]).float()
+    return known / known.sum(0).clamp(min=1.0)
 
 
 def make_projector(width: int, out: int) -> nn.Linear:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from cmkd_scale.memory.bank import PrototypeMemory
+from cmkd_scale.memory.soft_labels import SoftLabels
+
+_ROWS = 4096  # soft labels are written out for so many prototypes at a time
 
 
 class MemoryBuffers(nn.Module):
@@ -62,3 +65,18 @@ class SoftLabelTable(MemoryBuffers):
         listed = plan.unsqueeze(2) * self.values[ids]
         listed -= rest.unsqueeze(2) * self.shares_rest[classes]
         return out.scatter_add_(1, classes.flatten(1), listed.flatten(1))[:, :-1]
+
+
+def class_soft_labels(memory: PrototypeMemory, shared: Tensor) -> Tensor:
+    """[C, C] mean soft label of each class."""
+    classes = len(memory.class_names)
+    table = torch.zeros(classes, classes)
+    for rows in torch.arange(len(memory.prototypes)).split(_ROWS):
+        soft = SoftLabels(
+            memory.soft_label_values[rows],
+            memory.soft_label_classes[rows],
+            memory.soft_label_rest[rows],
+        )
+        weighted = memory.prototype_mass[rows].unsqueeze(1) * soft.dense(shared)
+        table.index_add_(0, memory.prototype_class[rows], weighted)
+    return table

@@ -8,8 +8,6 @@ of the checkpoint. What a batch of all ranks says is exchanged while backward ru
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +19,12 @@ from cmkd_scale.losses.label_alignment import exclude_classes
 from cmkd_scale.losses.sinkhorn import annealed_epsilon
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.memory.potentials import Potentials
-from cmkd_scale.memory.soft_labels import SoftLabels
 from cmkd_scale.memory.student_statistics import StudentStatistics
-from cmkd_scale.training.memory_buffers import MemoryBuffers
-from cmkd_scale.training.transports import AlignmentOptions, Moment, make_transport
+from cmkd_scale.training.alignment_options import AlignmentOptions
+from cmkd_scale.training.exchange import Exchange, Outgoing
+from cmkd_scale.training.memory_buffers import MemoryBuffers, class_soft_labels
+from cmkd_scale.training.open_transport import OpenTransport
+from cmkd_scale.training.transports import ClassMaskedTransport, Moment
 
 Values = dict[str, Tensor | float | None]
 
@@ -32,35 +32,6 @@ _TRANSPORTED = frozenset({"transported", "transported_soft_labels"})
 _ROWS = 512  # of the ring are moved at a time when potentials are refreshed
 _KEPT_ROWS = 256  # of a global batch at most go into ring and moments: what is sent is bounded
 _PRIOR_SAMPLES = 8.0  # that the teacher's moments of a class count for beside the student's
-
-
-class Outgoing(NamedTuple):
-    """What this rank's batch has to say to all others."""
-
-    sums: Tensor
-    """[J + C + 3] mass sent to prototypes, samples of classes, then transported cost, mass sent
-    to wrong classes, and samples."""
-    rows: Tensor | None
-    """[b, D + 1] features and labels of the first samples, if statistics of the student are
-    kept."""
-
-
-class Exchange(NamedTuple):
-    """The same, on its way."""
-
-    sums: distributed.Pending
-    rows: distributed.Pending | None
-
-    @property
-    def bytes_on_wire(self) -> float:
-        """What this rank sends."""
-        return self.sums.bytes_on_wire + (self.rows.bytes_on_wire if self.rows else 0.0)
-
-    def wait(self) -> None:
-        """Until it is here."""
-        self.sums.wait()
-        if self.rows is not None:
-            self.rows.wait()
 
 
 class MemoryTargets(MemoryBuffers):
@@ -128,7 +99,7 @@ class MemoryTargets(MemoryBuffers):
             relaxation=math.inf if relaxation is None else relaxation,
             reweight=options.reweight,
         )
-        self.transport = make_transport(memory, options) if self.moves else None
+        self.transport = _make_transport(memory, options) if self.moves else None
         self.statistics = None
         if (self.moves and options.ring_size > 0) or "bures" in needs:
             self.statistics = StudentStatistics(
@@ -153,7 +124,7 @@ class MemoryTargets(MemoryBuffers):
             "head_bias": memory.head_bias,
         }
         if "class_soft_labels" in self.needs:
-            buffers["class_soft_labels"] = _class_soft_labels(memory, shared)
+            buffers["class_soft_labels"] = class_soft_labels(memory, shared)
         return buffers
 
     def follow(self, memory: PrototypeMemory) -> None:
@@ -314,22 +285,9 @@ class MemoryTargets(MemoryBuffers):
             self.potentials.update(sent, within_classes=self._within_classes)
 
 
-def shares_of(targets: Sequence[MemoryTargets]) -> Tensor:
-    """[M, C] weight of each of M memories for each class: equal parts among those that know it."""
-    known = torch.stack([target.shared_classes for target in targets]).float()
-    return known / known.sum(0).clamp(min=1.0)
-
-
-def _class_soft_labels(memory: PrototypeMemory, shared: Tensor) -> Tensor:
-    """[C, C] mean soft label of each class."""
-    classes = len(memory.class_names)
-    table = torch.zeros(classes, classes)
-    for rows in torch.arange(len(memory.prototypes)).split(4096):
-        soft = SoftLabels(
-            memory.soft_label_values[rows],
-            memory.soft_label_classes[rows],
-            memory.soft_label_rest[rows],
-        )
-        weighted = memory.prototype_mass[rows].unsqueeze(1) * soft.dense(shared)
-        table.index_add_(0, memory.prototype_class[rows], weighted)
-    return table
+def _make_transport(
+    memory: PrototypeMemory, options: AlignmentOptions
+) -> ClassMaskedTransport | OpenTransport:
+    if options.transport == "class_masked":
+        return ClassMaskedTransport(memory, options)
+    return OpenTransport(memory, options)

@@ -8,8 +8,8 @@ import torch.distributed as dist  # noqa: TID251
 
 from cmkd_scale import distributed
 from cmkd_scale.memory.checksum import checksum
+from cmkd_scale.training.alignment_options import AlignmentOptions
 from cmkd_scale.training.targets import MemoryTargets
-from cmkd_scale.training.transports import AlignmentOptions
 from tests.memory.examples import example_memory
 
 CASES = {

@@ -22,9 +22,9 @@ from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.records import Sample
 from cmkd_scale.stages.quickstart import _config as quickstart_config
 from cmkd_scale.stages.train import alignment_options
+from cmkd_scale.training.alignment_options import AlignmentOptions, check_options
+from cmkd_scale.training.exchange import Outgoing
 from cmkd_scale.training.methods import METHODS, resolve_method
-from cmkd_scale.training.targets import Outgoing
-from cmkd_scale.training.transports import AlignmentOptions, check_options
 from tests.data.examples import Toy, ToySplit, build_toy
 from tests.memory.examples import batches_of, build_with, spool_of, teacher_data
 from tools.bench import _ablation_minibatch as minibatch

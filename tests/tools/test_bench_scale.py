@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmkd_scale.training.transports import AlignmentOptions
+from cmkd_scale.training.alignment_options import AlignmentOptions
 from tests.conftest import REPOSITORY, Launch
 from tools.bench import _scale_alignment as alignment
 from tools.bench import scale

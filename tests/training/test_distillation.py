@@ -10,10 +10,10 @@ from cmkd_scale.losses import LOSSES
 from cmkd_scale.memory.alignment import align_to_student
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.models.model import Model
+from cmkd_scale.training.alignment_options import AlignmentOptions
 from cmkd_scale.training.distillation import Distillation, make_projector
 from cmkd_scale.training.methods import METHODS, resolve_method
 from cmkd_scale.training.targets import MemoryTargets
-from cmkd_scale.training.transports import AlignmentOptions
 from tests.memory.examples import example_memory
 
 BATCH, INPUT, CLASSES, DIM = 12, 10, 6, 8

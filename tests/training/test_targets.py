@@ -15,15 +15,11 @@ from cmkd_scale.memory.alignment import align_to_student
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.memory.moving import MovingMemory
 from cmkd_scale.memory.soft_labels import SoftLabels, compress
+from cmkd_scale.training.alignment_options import AlignmentOptions, Kind, check_options
 from cmkd_scale.training.memory_buffers import SoftLabelTable
+from cmkd_scale.training.open_transport import OpenTransport
 from cmkd_scale.training.targets import MemoryTargets
-from cmkd_scale.training.transports import (
-    AlignmentOptions,
-    GlobalTransport,
-    Kind,
-    Moment,
-    check_options,
-)
+from cmkd_scale.training.transports import Moment
 from tests.conftest import REPOSITORY, Launch
 from tests.memory.examples import build_from, example_memory, teacher_data
 
@@ -110,7 +106,7 @@ def test_a_search_finds_what_looking_at_all_finds() -> None:
     found, by_search = run(
         memory, features, labels, steps=60, search_candidates=24, search_refresh_steps=10, **options
     )
-    assert isinstance(found.transport, GlobalTransport)
+    assert isinstance(found.transport, OpenTransport)
     assert float(found.transport.captured) > 0.95
     distance = "alignment_distance/transport"
     assert by_search[distance] == pytest.approx(by_all[distance], rel=0.05)
@@ -123,7 +119,7 @@ def test_candidates_that_hold_too_little_are_not_trusted() -> None:
     options = {"transport": "label_free", "cost": "squared_euclidean", "epsilon_end": 0.1}
     whole, _ = run(memory, features, labels, steps=5, **options)
     wary, _ = run(memory, features, labels, steps=5, search_candidates=1, **options)
-    assert isinstance(wary.transport, GlobalTransport)
+    assert isinstance(wary.transport, OpenTransport)
     assert float(wary.transport.captured) < 0.9
     torch.testing.assert_close(wary.potentials.value, whole.potentials.value)
 

@@ -14,9 +14,10 @@ from torch.nn import functional
 from cmkd_scale.losses import LOSSES, STUDENT_PROVIDES
 from cmkd_scale.losses.classification import smoothed_cross_entropy
 from cmkd_scale.memory.bank import PrototypeMemory
+from cmkd_scale.training.alignment_options import AlignmentOptions
 from cmkd_scale.training.methods import METHODS
+from cmkd_scale.training.open_transport import OpenTransport
 from cmkd_scale.training.targets import MemoryTargets
-from cmkd_scale.training.transports import AlignmentOptions, GlobalTransport
 from tools.bench._bench import Rows, measure
 from tools.bench._scale_memory import Features
 from tools.bench._step_variants import Setting, our_step
@@ -194,7 +195,7 @@ def search_quality(
         features.detach(), memory, alignment.potentials, targets.potentials.target(), epsilon
     )
     cosine = functional.cosine_similarity(found.double().flatten(), whole.flatten(), dim=0)
-    assert isinstance(targets.transport, GlobalTransport)
+    assert isinstance(targets.transport, OpenTransport)
     return {"captured": float(targets.transport.captured), "cosine": float(cosine)}
 
 

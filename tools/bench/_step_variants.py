@@ -17,10 +17,10 @@ from cmkd_scale.memory.spool import Spool
 from cmkd_scale.memory.spool_part import PassedBatch
 from cmkd_scale.memory.statistics import Moments
 from cmkd_scale.models.model import Model, build_model
+from cmkd_scale.training.alignment_options import AlignmentOptions
 from cmkd_scale.training.distillation import Distillation
 from cmkd_scale.training.methods import METHODS
 from cmkd_scale.training.targets import MemoryTargets
-from cmkd_scale.training.transports import AlignmentOptions
 from tools.bench._reference_steps import PairedBatch, ReferenceOptions
 
 ReferenceStep = Callable[[Model, Model, torch.optim.Optimizer, PairedBatch, ReferenceOptions], None]
