@@ -31,6 +31,18 @@ class MemoryBuffers(nn.Module):
             getattr(self, name).copy_(value)
 
 
+def class_columns(memory: PrototypeMemory) -> tuple[Tensor, Tensor]:
+    """[C, K] prototypes of each class side by side, and bool whether there is one.
+
+    K is the widest class's number; shorter ones are filled up with prototype 0.
+    """
+    counts = torch.bincount(memory.prototype_class, minlength=len(memory.class_names))
+    starts = torch.cumsum(counts, 0) - counts
+    place = torch.arange(int(counts.max()))
+    filled = place < counts.unsqueeze(1)
+    return torch.where(filled, starts.unsqueeze(1) + place, 0), filled
+
+
 class SoftLabelTable(MemoryBuffers):
     """Soft labels of prototypes, read for plans over any of them."""
 

@@ -17,7 +17,7 @@ from cmkd_scale.memory.potentials import Potentials
 from cmkd_scale.memory.prototypes import PrototypeIndex
 from cmkd_scale.memory.soft_labels import SoftLabels
 from cmkd_scale.training.alignment_options import AlignmentOptions
-from cmkd_scale.training.memory_buffers import MemoryBuffers, SoftLabelTable
+from cmkd_scale.training.memory_buffers import MemoryBuffers, SoftLabelTable, class_columns
 from cmkd_scale.training.transports import Moment, Moved
 
 _CHECKED = 8  # samples of the global batch in a check of the search
@@ -28,6 +28,8 @@ _SOFT_LABEL_CANDIDATES = 64  # heaviest entries of a plan over all prototypes, f
 class OpenTransport(MemoryBuffers):
     """Every prototype is open to every sample: by soft labels, or by features alone."""
 
+    columns: Tensor
+    filled: Tensor
     prototypes: Tensor
     square_norms: Tensor
     prototype_class: Tensor
@@ -53,7 +55,10 @@ class OpenTransport(MemoryBuffers):
 
     def layout(self, memory: PrototypeMemory) -> dict[str, Tensor]:
         """Prototypes, their squared lengths, and how much each class would surprise them [C, J]."""
+        columns, filled = class_columns(memory)
         buffers = {
+            "columns": columns,
+            "filled": filled,
             "prototypes": memory.prototypes,
             "square_norms": memory.prototypes.square().sum(1),
             "prototype_class": memory.prototype_class,
@@ -89,8 +94,9 @@ class OpenTransport(MemoryBuffers):
         if found is None:
             assignment = self._against_all(features, labels, potentials, log_mass, at.epsilon)
             sent = potentials.sent_to_all(assignment.ascent, labels, share)
-            others = self.prototype_class.unsqueeze(0) != labels.unsqueeze(1)
-            wrong = (assignment.plan * others).sum(1) @ share
+            # Of the own class alone: a comparison of all would be as large as the plan.
+            own = assignment.plan.gather(1, self.columns[labels]) * self.filled[labels]
+            wrong = (assignment.plan.sum(1) - own.sum(1)).clamp(min=0.0) @ share
             width = min(_SOFT_LABEL_CANDIDATES, assignment.plan.shape[1])
             heaviest = assignment.plan.topk(width, dim=1)
             plan = heaviest.values / heaviest.values.sum(1, keepdim=True).clamp(min=1e-12)

@@ -20,7 +20,7 @@ from cmkd_scale.losses.global_transport import Assignment, block_sums, class_mas
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.memory.potentials import Potentials
 from cmkd_scale.training.alignment_options import AlignmentOptions
-from cmkd_scale.training.memory_buffers import MemoryBuffers, SoftLabelTable
+from cmkd_scale.training.memory_buffers import MemoryBuffers, SoftLabelTable, class_columns
 
 
 class Moment(NamedTuple):
@@ -67,11 +67,7 @@ class ClassMaskedTransport(MemoryBuffers):
 
     def layout(self, memory: PrototypeMemory) -> dict[str, Tensor]:
         """Blocks and the columns [C, K] that they came from."""
-        counts = torch.bincount(memory.prototype_class, minlength=len(memory.class_names))
-        starts = torch.cumsum(counts, 0) - counts
-        place = torch.arange(int(counts.max()))
-        valid = place < counts.unsqueeze(1)
-        columns = torch.where(valid, starts.unsqueeze(1) + place, 0)
+        columns, valid = class_columns(memory)
         blocks = memory.prototypes[columns] - memory.class_mean.unsqueeze(1)
         buffers = {
             "columns": columns,

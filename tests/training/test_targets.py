@@ -61,9 +61,12 @@ def test_label_shift_sends_no_mass_to_wrong_classes_with_reweighting(transport: 
     _, plain = run(memory, features, labels, steps=200, transport=transport, reweight=False)
     wrong, error = "alignment_wrong_class_mass", "alignment_marginal_error"
     assert reweighted[wrong] < 0.01
-    # Without it the teacher's masses cannot be met but by moving mass to other classes.
-    assert plain[wrong] > 3 * reweighted[wrong]
-    assert plain[error] > 3 * reweighted[error]
+    # Without it the teacher's masses are met by moving mass to other classes, or, where labels
+    # make that dear, not met for a long time.
+    if transport == "label_free":
+        assert plain[wrong] > 0.05
+    else:
+        assert plain[error] > 3 * reweighted[error]
 
 
 def test_class_masked_transport_meets_the_masses_of_each_class() -> None:
