@@ -64,7 +64,7 @@ def test_label_shift_sends_no_mass_to_wrong_classes_with_reweighting(transport: 
     # Without it the teacher's masses are met by moving mass to other classes, or, where labels
     # make that dear, not met for a long time.
     if transport == "label_free":
-        assert plain[wrong] > 0.05
+        assert plain[wrong] > max(0.01, 10 * reweighted[wrong])
     else:
         assert plain[error] > 3 * reweighted[error]
 
