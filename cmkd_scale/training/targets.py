@@ -129,7 +129,9 @@ class MemoryTargets(MemoryBuffers):
 
     def follow(self, memory: PrototypeMemory) -> None:
         """Take up the memory of the same teacher, moved (``MovingMemory``)."""
+        share = self.class_share.clone()  # which other memories of the run have a part in
         super().follow(memory)
+        self.class_share.copy_(share)
         if self.transport is not None:
             self.transport.follow(memory)
         self.potentials.follow(memory.prototype_mass)

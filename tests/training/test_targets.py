@@ -186,8 +186,9 @@ def test_targets_follow_a_memory_whose_teacher_has_moved() -> None:
     moved = moving.follow(weight, bias)
     targets = MemoryTargets(memory, steps=10, options=AlignmentOptions())
     fresh = MemoryTargets(moved, steps=10, options=AlignmentOptions())
-    targets.potentials.value += 0.1
-    fresh.potentials.value += 0.1
+    for one_of_them in (targets, fresh):
+        one_of_them.potentials.value += 0.1
+        one_of_them.class_share.mul_(0.5)  # another memory knows the classes, too
     targets.follow(moved)
     one, _ = targets(features, labels, 0)
     other, _ = fresh(features, labels, 0)
