@@ -42,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cmkd: interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
+    finally:
+        # Only if a verb has loaded it: torch is too heavy for `cmkd --help`.
+        if "cmkd_scale.distributed" in sys.modules:
+            sys.modules["cmkd_scale.distributed"].leave()
     return EXIT_DONE
 
 

@@ -39,6 +39,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def leave() -> None:
+    """Leave the process group, if there is one; the last thing that a program does.
+
+    A process that ends inside of it may be aborted by gloo's threads (SIGABRT, "terminate called
+    without an active exception"), and its exit code is lost.
+    """
+    if is_initialized():
+        dist.destroy_process_group()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if is_initialized():

@@ -125,3 +125,9 @@ def test_a_result_is_where_the_tensor_was() -> None:
     pending = distributed.Pending(torch.ones(3), Work(), torch.device("meta"))  # type: ignore[arg-type]
     assert pending.wait().device == torch.device("meta")
     assert pending.wait().device == torch.device("meta")
+
+
+@pytest.mark.multirank
+def test_the_program_leaves_the_process_group_before_it_ends(launch: Launch) -> None:
+    # Inside of it, gloo aborted a third of the processes at exit, and their exit code was lost.
+    launch(REPOSITORY / "tests" / "scripts" / "leaves.py", processes=2)
