@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-EXTRAS := cpu,numbers,report,dev
+EXTRAS := cpu,numbers,report,deepspeed,dev
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
@@ -43,13 +43,14 @@ unit: install ## the fast tests
 	$(PYTEST) -m "not multirank and not slow"
 
 test: unit ## all tests: the fast ones, then the slow ones and those on several processes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "multirank or slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "multirank or slow"
 
 lint: install ## style, types, import rules
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/shellcheck launchers/*.sh launchers/slurm.sbatch .ci/run
 
 bench: install ## every benchmark of tools/bench, short form; writes runs/bench
 	@mkdir -p runs/bench

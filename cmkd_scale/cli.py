@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from cmkd_scale import __version__, verbs
-from cmkd_scale.errors import EXIT_DONE, CmkdError
+from cmkd_scale.errors import EXIT_DONE, EXIT_FAULT, CmkdError
 
 Run = Callable[[argparse.Namespace], None]
 
 _EXIT_INTERRUPTED = 130
+_GONE = (
+    "Another process of this run is gone, or has not answered for run.collective_timeout_seconds: "
+    "its own message, or its machine, says why. What was saved is untouched: the same command "
+    "continues from the newest checkpoint."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,18 +40,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CmkdError as error:
         if options.debug:
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" [rank {rank}]"
-        print(f"cmkd{where}: {error}", file=sys.stderr)
+        print(f"cmkd{_rank()}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("cmkd: interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
+    except RuntimeError as error:
+        if not _lost_peer(error):
+            raise
+        if options.debug:
+            traceback.print_exc()
+        print(f"cmkd{_rank()}: {_GONE} ({_first_line(error)})", file=sys.stderr, flush=True)
+        # What is left of the group cannot be taken down in order, only left behind.
+        sys.modules["cmkd_scale.distributed"].end(EXIT_FAULT)
     finally:
         # Only if a verb has loaded it: torch is too heavy for `cmkd --help`.
         if "cmkd_scale.distributed" in sys.modules:
             sys.modules["cmkd_scale.distributed"].leave()
     return EXIT_DONE
+
+
+def program(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb and end with its exit code: what the command ``cmkd`` is."""
+    code = main(arguments)
+    if "cmkd_scale.distributed" in sys.modules and "LOCAL_RANK" in os.environ:
+        sys.modules["cmkd_scale.distributed"].end(code)
+    sys.exit(code)
+
+
+def _rank() -> str:
+    """Which process speaks, unless it is the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" [rank {rank}]"
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    module = sys.modules.get("cmkd_scale.distributed")
+    return module is not None and bool(module.lost_peer(error))
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -216,12 +250,40 @@ def _add_inspection(parsers: Any) -> None:
     )
     parser = _verb(
         parsers,
+        "predict-transfer",
+        verbs.predict_transfer_verb,
+        "will this teacher help? rank memories by the gain they promise, before training",
+        "cmkd predict-transfer --memory runs/debug/memory --config configs/debug/student.yaml",
+    )
+    parser.add_argument(
+        "--memory",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="may be repeated",
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the student's")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="of training without a teacher; default: train.steps"
+    )
+    parser.add_argument("pairs", nargs="*", metavar="section.key=value")
+    parser = _verb(
+        parsers,
         "memory-info",
         verbs.memory_info_verb,
         "what is in a prototype memory",
         "cmkd memory-info runs/debug/memory/memory.safetensors",
     )
     parser.add_argument("file", type=Path)
+    parser = parsers.add_parser("checkpoint", help="check and list the checkpoints of a run")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, run, summary in (
+        ("verify", verbs.checkpoint_verify_verb, "compare every file with its digest"),
+        ("info", verbs.checkpoint_info_verb, "print what each checkpoint holds"),
+    ):
+        action = _verb(actions, name, run, summary, f"cmkd checkpoint {name} runs/debug/student")
+        action.add_argument("directory", type=Path)
     parser = _verb(
         parsers,
         "report",

@@ -31,9 +31,14 @@ from cmkd_scale.errors import UsageError, did_you_mean
 from cmkd_scale.files import write_atomically
 
 _SHAPES_NO_RESULT: dict[str, Any] = {
-    "run": {"dir", "world_size"},
-    "data": {"workers", "cache_bytes", "cache_limit_bytes", "max_bad_fraction"},
+    "run": {"dir", "world_size", "collective_timeout_seconds", "watchdog_seconds"},
+    "data": {"workers", "cache_bytes", "cache_limit_bytes", "max_bad_fraction", "log_order"},
     "train": {
+        "gradient_accumulation_steps",
+        "activation_checkpointing",
+        "compile",
+        "max_rollbacks",
+        "max_checkpoint_failures",
         "check_ranks_every_steps",
         "log_every_steps",
         "checkpoint_every_steps",

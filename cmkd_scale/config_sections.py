@@ -23,6 +23,11 @@ class RunConfig(Section):
     """Seed of initial weights, order, augmentation and labelled subset."""
     world_size: int | None = Field(None, ge=1)
     """Number of processes this run must have; unset takes what the launcher gives."""
+    collective_timeout_seconds: float = Field(1800.0, gt=0)
+    """Longest that a process waits for the others before it takes them for lost."""
+    watchdog_seconds: float = Field(3600.0, ge=0)
+    """A process that does not move for so long ends the run, naming where each one stands;
+    0: none."""
 
 
 class DataConfig(Section):
@@ -39,6 +44,12 @@ class DataConfig(Section):
     """For ``builtin:``: options of the data set's builder, as in ``cmkd shards build``."""
     n_per_class: int | None = Field(None, ge=1)
     """Train on this many labelled samples a class, chosen by ``run.seed``; unset: on all."""
+    mode: Literal["unpaired", "class_matched", "paired"] = "unpaired"
+    """For methods with a teacher that runs beside the student, which sample of the teacher's
+    stands beside each of the student's: any, one of the same class, or the one of the same key."""
+    unlabelled: Literal["none", "rest", "unlabelled"] = "none"
+    """Samples that are read without labels: none; those that ``n_per_class`` leaves over, with
+    their labels unread; or those that have no label."""
     sampling: Literal["natural", "square_root", "balanced"] = "natural"
     """How often each class is drawn in an epoch: by its count, the count's root, or equally."""
     label_map: dict[str, str] = Field(default_factory=dict)
@@ -59,6 +70,8 @@ class DataConfig(Section):
     """Remote shards kept on local disk by all processes of a machine, in ``CMKD_CACHE``."""
     augment: bool = True
     """Augment training samples."""
+    log_order: bool = False
+    """Write the keys of the samples that each step reads to ``order/`` in the run directory."""
     transform: dict[str, float | int] = Field(default_factory=dict)
     """Options of the modality's decoding and augmentation, e.g. ``n_mels``, ``frames``."""
 
@@ -81,6 +94,9 @@ class TeacherConfig(Section):
 
     run: Path | None = None
     """Run directory of a finished ``cmkd teacher``."""
+    shards: str | None = None
+    """Where a teacher that runs beside the student finds its own samples; unset: the shards that
+    it was trained on."""
 
 
 class MemoryConfig(Section):
@@ -110,8 +126,14 @@ class MethodConfig(Section):
     name: str | None = None
     """Name in the table of methods (``cmkd methods``); unset: ``ce`` for a teacher,
     ``ucmkd_global`` for a student."""
-    control: Literal["none", "permuted", "random"] = "none"
-    """Teacher replaced by one with permuted classes, or by an untrained one: a null control."""
+    control: Literal["none", "permuted", "random", "orthogonal"] = "none"
+    """Teacher replaced by one with permuted classes, by an untrained one, or by one to whom all
+    classes are equally unlike: a null control."""
+    guard: bool | None = None
+    """Let the guard decide, from a short training without the teacher, how far it is trusted, so
+    that a wrong teacher does no harm; unset: as the method has it (``ucmkd_global``: yes)."""
+    guard_steps: int | None = Field(None, ge=1)
+    """Steps of that training; unset: a fifth of ``train.steps``."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Weight of a loss component by name, instead of the method's own."""
     transport: Literal["class_masked", "soft_label", "label_free"] = "class_masked"
@@ -159,17 +181,43 @@ class TrainConfig(Section):
     steps: int = Field(300, ge=1)
     """Optimiser steps."""
     global_batch_size: int = Field(64, ge=1)
-    """Samples a step over all processes."""
+    """Samples a step over all processes and all parts that gradients are accumulated over."""
+    unlabelled_batch_size: int | None = Field(None, ge=1)
+    """Samples without labels a step, over all processes; unset: as many as with labels."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Parts that each process cuts its share of a batch into, one forward and backward each."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak of the schedule."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a cosine to zero, or a constant that ends in a decay (WSD)."""
     warmup_steps: int = Field(20, ge=0)
-    """Steps of linear warm-up before the cosine to zero."""
+    """Steps of linear warm-up."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Part of all steps, the last one, in which ``wsd`` decays to zero."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """The learning rate of each block of the encoder is this times that of the block after it."""
     weight_decay: float = Field(0.05, ge=0)
     """AdamW's decoupled weight decay of matrices; norms and biases are exempt."""
     gradient_clip_norm: float = Field(5.0, gt=0)
     """Largest norm of the whole gradient."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Weight that the average of the weights keeps at each step; what is evaluated and used
+    later is the average then. Unset: the weights themselves."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of the forward pass; losses are computed in float32 always."""
+    """Autocast of the forward pass; parameters and losses are float32 always."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the model (``torch.compile``)."""
+    max_skipped_steps: int = Field(3, ge=0)
+    """Steps in a row whose gradient is not finite that are left out before the run rolls back to
+    its newest checkpoint."""
+    explosion_factor: float = Field(20.0, gt=1)
+    """A loss above this times its mean over the last 100 steps (if that is positive, else as far
+    above it as its size allows), in 5 steps in a row, counts as exploded: the run rolls back."""
+    max_rollbacks: int = Field(2, ge=0)
+    """Times that a run may roll back, reading on after the data that it failed on, before it
+    stops."""
     check_ranks_every_steps: int = Field(100, ge=1)
     """Steps between two checks that all ranks hold the same memory, potentials and statistics."""
     log_every_steps: int = Field(10, ge=1)
@@ -178,6 +226,8 @@ class TrainConfig(Section):
     """Steps between two checkpoints; one more is written at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+    max_checkpoint_failures: int = Field(3, ge=0)
+    """Checkpoints in a row that cannot be written (disk full) before the run stops."""
 
 
 class MonitorConfig(Section):

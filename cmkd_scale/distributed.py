@@ -6,17 +6,20 @@ was started without a launcher: rank 0 of 1, reductions return their input.
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn
 
-import psutil
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 
-from cmkd_scale.errors import CmkdError, UsageError
+from cmkd_scale.errors import CmkdError
+
+_STORE_SECONDS = 5.0  # that a rank waits for the store of another
 
 
 def is_initialized() -> bool:
@@ -39,6 +42,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def limit_waits(seconds: float) -> None:
+    """Let processes give each other up after ``seconds`` in every group that there is.
+
+    Libraries make groups of their own (DeepSpeed, one of all ranks for the gradients), and these
+    have torch's limits: 10 minutes with NCCL and 30 with gloo.
+    """
+    if is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 def leave() -> None:
     """Leave the process group, if there is one; the last thing that a program does.
 
@@ -47,6 +61,42 @@ def leave() -> None:
     """
     if is_initialized():
         dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """End the program at once, after what is registered for its exit; ``sys.exit`` elsewhere.
+
+    The last line of any program of several ranks, after ``leave``: the interpreter's own end may
+    still meet gloo's threads and be aborted by them (one process in some 150 on a busy machine;
+    each one with the groups that DeepSpeed holds).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+_SIGNS_OF_A_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Connection refused",
+    "Application timeout caused pair closure",
+    "ncclRemoteError",
+    "ncclSystemError",
+    "NCCL communicator was aborted",
+    "Watchdog caught collective operation timeout",
+)
+"""In what gloo and NCCL say."""
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective call has failed because another process is gone or silent."""
+    if isinstance(error, dist.DistNetworkError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS_OF_A_LOST_PEER)
 
 
 def barrier() -> None:
@@ -222,80 +272,37 @@ def run_together(work: Callable[[], object]) -> None:
         raise stopped
 
 
-def check_world(seen_by_trainer: int, configured: int | None) -> None:
-    """Refuse a launch whose world is not what it seems.
+class Store:
+    """Small texts that ranks leave for each other without a collective call."""
 
-    Three launches silently train something else than was asked for: ``accelerate launch
-    --cpu --num_processes 2`` starts one process; ``--multi_gpu`` on a CPU without
-    ``ACCELERATE_USE_CPU`` starts two independent trainings; DeepSpeed on a CPU without the
-    gloo backend makes every rank believe that it is alone.
+    def __init__(self, store: Any) -> None:
+        """Take a store that all ranks have opened."""
+        self._store = store
 
-    Args:
-        seen_by_trainer: number of processes that the trainer (Accelerate) counts.
-        configured: ``run.world_size`` of the config, or None if not set.
+    def put(self, key: str, text: str) -> None:
+        """Leave ``text``; RuntimeError if the store's host is gone."""
+        self._store.set(key, text)
 
-    Raises:
-        UsageError: naming the numbers that disagree and launch lines that work.
-    """
-    claims = {
-        "processes in the trainer": seen_by_trainer,
-        "processes in the process group": world_size(),
-    }
-    if "WORLD_SIZE" in os.environ:
-        claims["WORLD_SIZE set by the launcher"] = int(os.environ["WORLD_SIZE"])
-    if configured is not None:
-        claims["run.world_size in the config"] = configured
-    asked = _processes_asked_of_accelerate()
-    if asked is not None and "WORLD_SIZE" not in os.environ:
-        claims["num_processes given to accelerate launch"] = asked
-    if len(set(claims.values())) > 1:
-        stated = ", ".join(f"{name}: {value}" for name, value in claims.items())
-        raise UsageError(
-            f"This launch is not what it seems ({stated}); it would train something else than "
-            "was asked for. On CPUs launch with `ACCELERATE_USE_CPU=true accelerate launch "
-            "--multi_gpu --num_processes N --num_machines 1 --mixed_precision no "
-            "--dynamo_backend no -m cmkd_scale ...` or `ACCELERATE_USE_CPU=true torchrun "
-            "--nproc_per_node N -m cmkd_scale ...`, and keep run.world_size equal to N or unset."
-        )
+    def get(self, key: str) -> str | None:
+        """What was left, if anything; RuntimeError if the store's host is gone."""
+        return bytes(self._store.get(key)).decode() if self._store.check([key]) else None
 
 
-def _processes_asked_of_accelerate() -> int | None:
-    """The ``num_processes`` that our parent was given, if that is accelerate launch.
-
-    The simple launcher drops the number without a trace in the environment, so its command
-    line is the only witness.
-    """
-    try:
-        command = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
+def open_store() -> Store | None:
+    """A store that lives as long as rank 0, or None with one process; a collective call."""
+    if world_size() == 1:
         return None
-    return processes_on_command_line(command)
+    host = _tcp_store(0) if is_main() else None
+    port = max(gather_integers(host.port if host is not None else 0))
+    return Store(host if host is not None else _tcp_store(port))
 
 
-def processes_on_command_line(command: Sequence[str]) -> int | None:
-    """Read ``num_processes`` out of an ``accelerate launch`` command line or its config file.
-
-    Returns None when the command is something else or does not give a number.
-    """
-    names = [os.path.basename(word) for word in command[:4]]
-    if not any(name.startswith("accelerate") for name in names) or "launch" not in command[:5]:
-        return None
-    given = _option(command, "num_processes")
-    if given is not None:
-        return int(given) if given.isdigit() else None
-    file = _option(command, "config_file")
-    try:
-        settings = yaml.safe_load(Path(file).read_text()) if file else None
-    except (OSError, yaml.YAMLError):
-        return None  # accelerate has complained about it already
-    found = settings.get("num_processes") if isinstance(settings, dict) else None
-    return found if isinstance(found, int) else None
-
-
-def _option(command: Sequence[str], name: str) -> str | None:
-    """The value of ``--name VALUE`` or ``--name=VALUE``, with dashes or underscores."""
-    for position, word in enumerate(command):
-        flag, _, value = word.partition("=")
-        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
-            return value or (command[position + 1] if position + 1 < len(command) else "")
-    return None
+def _tcp_store(port: int) -> Any:
+    """The store at a port of rank 0's machine; port 0 makes one, on rank 0."""
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        port,
+        is_master=port == 0,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=_STORE_SECONDS),
+    )

@@ -7,7 +7,7 @@ data set, C classes, D feature width, J prototypes, K prototypes of one class.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,6 +38,8 @@ class Batch:
     """[B] int64, index into the label names of the student's own shards."""
     keys: tuple[str, ...]
     """[B] sample keys, for audits and for counting each sample once."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else a step reads, by name, each [B or U, ...]: see ``data/companions``."""
 
 
 class ModelOutput(NamedTuple):

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import textwrap
 from collections.abc import Callable
 from typing import Any
+
+from cmkd_scale import wording
 
 
 def quickstart_verb(options: argparse.Namespace) -> None:
@@ -27,7 +28,7 @@ def _stage(options: argparse.Namespace, run: Callable[..., dict[str, Any]]) -> N
 
     results = run(load_config(options.config, options.pairs))
     if distributed.is_main():
-        _print(options, results, lambda: _stage_lines(results))
+        _print(options, results, lambda: wording.stage_lines(results))
 
 
 def teacher_verb(options: argparse.Namespace) -> None:
@@ -72,7 +73,7 @@ def shards_build_verb(options: argparse.Namespace) -> None:
         workers=options.workers,
         options=options.pairs,
     )
-    _print(options, {"splits": rows}, lambda: _split_lines(rows))
+    _print(options, {"splits": rows}, lambda: wording.split_lines(rows))
 
 
 def shards_index_verb(options: argparse.Namespace) -> None:
@@ -87,7 +88,7 @@ def shards_index_verb(options: argparse.Namespace) -> None:
         labels=options.labels,
         workers=options.workers,
     )
-    _print(options, {"splits": [row]}, lambda: _split_lines([row]))
+    _print(options, {"splits": [row]}, lambda: wording.split_lines([row]))
 
 
 def shards_labels_verb(options: argparse.Namespace) -> None:
@@ -112,7 +113,7 @@ def shards_info_verb(options: argparse.Namespace) -> None:
     from cmkd_scale.operations.shards import info
 
     rows = info(options.directory)
-    _print(options, {"splits": rows}, lambda: _split_lines(rows))
+    _print(options, {"splits": rows}, lambda: wording.split_lines(rows))
 
 
 def shards_stream_verb(options: argparse.Namespace) -> None:
@@ -156,16 +157,23 @@ def methods_verb(options: argparse.Namespace) -> None:
 
     rows = methods()
 
-    def table() -> str:
-        lines = []
-        for row in rows:
-            needs = "memory" if row["needs_memory"] else "nothing beside labels"
-            parts = ", ".join(f"{name} {weight:g}" for name, weight in row["weights"].items())
-            lines.append(f"{row['name']}: {row['summary']}")
-            lines.append(textwrap.indent(f"needs {needs}; {parts}", "    "))
-        return "\n".join(lines)
+    _print(options, {"methods": rows}, lambda: wording.method_lines(rows))
 
-    _print(options, {"methods": rows}, table)
+
+def predict_transfer_verb(options: argparse.Namespace) -> None:
+    """Say which memories will help a student."""
+    from cmkd_scale import distributed
+    from cmkd_scale.config import load_config
+    from cmkd_scale.stages.predict_transfer import predict_transfer
+
+    results = predict_transfer(
+        load_config(options.config, options.pairs),
+        options.memory,
+        steps=options.steps,
+        console=not options.json,
+    )
+    if distributed.is_main():
+        _print(options, results, lambda: wording.forecast_lines(results))
 
 
 def memory_info_verb(options: argparse.Namespace) -> None:
@@ -174,6 +182,24 @@ def memory_info_verb(options: argparse.Namespace) -> None:
 
     result = memory_info(options.file)
     _print(options, result, lambda: "\n".join(f"{k}: {v}" for k, v in result.items()))
+
+
+def checkpoint_verify_verb(options: argparse.Namespace) -> None:
+    """Check every checkpoint of a run."""
+    from cmkd_scale.operations.checkpoints import verify
+
+    result = verify(options.directory)
+    count = len(result["checkpoints"])
+    _print(options, result, lambda: f"{options.directory}: {count} checkpoints, every digest right")
+
+
+def checkpoint_info_verb(options: argparse.Namespace) -> None:
+    """Print what checkpoints hold."""
+    from cmkd_scale.operations.checkpoints import info
+
+    result = info(options.directory)
+
+    _print(options, result, lambda: wording.checkpoint_lines(result))
 
 
 def report_verb(options: argparse.Namespace) -> None:
@@ -188,29 +214,3 @@ def report_verb(options: argparse.Namespace) -> None:
 
 def _print(options: argparse.Namespace, value: dict[str, Any], text: Callable[[], str]) -> None:
     print(json.dumps(value) if options.json else text())
-
-
-def _stage_lines(results: dict[str, Any]) -> str:
-    lines = [
-        f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
-        for name, value in results["metrics"].items()
-        if not isinstance(value, dict)
-    ]
-    if results.get("memory_digest"):
-        lines.append(f"memory digest: {results['memory_digest']}")
-    return "\n".join([*lines, f"seconds: {results['wall_seconds']:.1f}"])
-
-
-def _split_lines(rows: list[dict[str, Any]]) -> str:
-    return "\n".join(
-        f"{row['name']}: {row['samples']} samples in {row['shards']} shards, "
-        f"{row['bytes'] / 1e6:.1f} MB, {row['classes']} classes of "
-        f"{row['smallest_class']} to {row['largest_class']}"
-        + (
-            f"; two samples of a batch of 256 share a shard {row['shared_shards']:.2f} x as often "
-            "as in a uniform order"
-            if "shared_shards" in row
-            else ""
-        )
-        for row in rows
-    )

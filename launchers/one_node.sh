@@ -2,12 +2,12 @@
 # One machine, through accelerate: launchers/one_node.sh VERB CONFIG [a.b=c ...]
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+more_usage="  BACKEND=NAME  ddp (default), fsdp2, zero1, zero2, zero3, zero3_offload
+"
 # shellcheck source=launchers/common.sh
 source "$here/common.sh"
-
-config=$here/accelerate/ddp.yaml
-if [ "$gpus" -eq 0 ]; then config=$here/accelerate/ddp_cpu_2.yaml; fi
+choose_backend
 
 exec "$python" -m accelerate.commands.accelerate_cli launch \
-  --config_file "$config" --num_processes "$processes" \
+  "${backend[@]}" --num_processes "$processes" --num_machines 1 --main_process_port "${MASTER_PORT:-0}" \
   -m cmkd_scale "$1" --config "$2" "${@:3}"

@@ -105,12 +105,12 @@ def _launch(
         try:
             stdout, stderr = program.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            _kill_tree(program.pid)
+            kill_tree(program.pid)
             stdout, stderr = program.communicate()
             pytest.fail(f"{command} ran past {timeout} s\n{stdout}\n{stderr}")
         finally:
             if program.poll() is None:  # the test itself was interrupted
-                _kill_tree(program.pid)
+                kill_tree(program.pid)
     done = subprocess.CompletedProcess(command, program.returncode, stdout, stderr)
     if check and done.returncode:
         pytest.fail(f"{command} exited with {done.returncode}\n{stdout}\n{stderr}")
@@ -157,7 +157,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _kill_tree(pid: int) -> None:
+def kill_tree(pid: int) -> None:
     """Kill a launcher and its ranks; torchrun puts each rank into a session of its own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)

@@ -216,7 +216,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "memory absent": (nothing, [*STUDENT, "memory.run={root}/no"], 2, "cmkd memory"),
     "memory damaged": (damage_memory, STUDENT, 42, "own digest"),
     "memory unset": (nothing, [*STUDENT, "memory.run=null"], 2, "memory.run"),
-    "method unknown": (nothing, [*STUDENT, "method.name=ucmkd"], 2, "ucmkd_global"),
+    "method unknown": (nothing, [*STUDENT, "method.name=ucmkd_globl"], 2, "ucmkd_global"),
     "component unknown": (
         nothing,
         [*STUDENT, "method.weights.teacher_hed=1"],

@@ -13,6 +13,7 @@ FAILING = """
 import sys
 import torch.distributed as dist
 from cmkd_scale import distributed
+from cmkd_scale.errors import UsageError
 from cmkd_scale.errors import CmkdError, IntegrityError
 dist.init_process_group("gloo")
 rank = distributed.rank()
@@ -27,7 +28,30 @@ except CmkdError as error:
 done = []
 distributed.run_together(lambda: done.append(rank))
 assert done == [rank]
-dist.destroy_process_group()
+distributed.leave()
+distributed.end(0)
+"""
+SILENT = """
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from cmkd_scale import distributed
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+of_a_library = dist.new_group([0, 1])
+distributed.barrier()
+distributed.limit_waits(2.0)
+told = distributed.open_store()
+if distributed.rank() == 1:
+    while told.get("given up") is None:
+        pass
+else:
+    try:
+        dist.all_reduce(torch.ones(3), group=of_a_library)
+    except RuntimeError as error:
+        print("lost", distributed.lost_peer(error), flush=True)
+    told.put("given up", "yes")
+distributed.end(0)
 """
 SCRIPT = REPOSITORY / "tests" / "scripts" / "collectives.py"
 
@@ -49,47 +73,6 @@ def test_collectives_on_real_ranks(launch: Launch, processes: int) -> None:
     assert done.stdout.count("collectives right") == processes
 
 
-@pytest.mark.parametrize(
-    ("command", "expected"),
-    [
-        (["python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "x.py"], 2),
-        (["accelerate", "launch", "--num_processes=3", "x.py"], 3),
-        (["accelerate", "launch", "--cpu", "x.py"], None),
-        (["accelerate", "launch", "--num_processes"], None),
-        (["accelerate", "config"], None),
-        (["bash", "-c", "x --num_processes 2"], None),
-        ([], None),
-    ],
-)
-def test_reading_the_launcher_command_line(command: list[str], expected: int | None) -> None:
-    assert distributed.processes_on_command_line(command) == expected
-
-
-def test_reading_the_launcher_config_file(tmp_path: Path) -> None:
-    file = tmp_path / "accelerate.yaml"
-    file.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
-    command = ["python", "-m", "accelerate.commands.launch", "launch", "--config_file", str(file)]
-    assert distributed.processes_on_command_line(command) == 2
-    assert distributed.processes_on_command_line([*command, "--num_processes", "3"]) == 3
-    file.write_text("[")
-    assert distributed.processes_on_command_line(command) is None
-
-
-def test_two_trainings_that_believe_to_be_alone_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="not what it seems"):
-        distributed.check_world(seen_by_trainer=1, configured=None)
-
-
-def test_a_configured_world_size_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    distributed.check_world(seen_by_trainer=1, configured=1)
-    with pytest.raises(UsageError, match=r"run\.world_size"):
-        distributed.check_world(seen_by_trainer=1, configured=4)
-
-
 @pytest.mark.multirank
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_exchanges_and_collectives_under_way(launch: Launch, processes: int) -> None:
@@ -106,6 +89,15 @@ def test_a_failure_of_one_rank_ends_all_alike(launch: Launch, tmp_path: Path) ->
     because = "own=False code=42 stopped, because rank 1 did; its message says why."
     expected = [f"rank 0 {because}", "rank 1 own=True code=42 broken", f"rank 2 {because}"]
     assert sorted(line for line in lines if line) == expected
+
+
+@pytest.mark.multirank
+def test_a_silent_rank_is_given_up_in_a_group_of_a_library_too(
+    launch: Launch, tmp_path: Path
+) -> None:
+    script = tmp_path / "silent.py"
+    script.write_text(SILENT)
+    assert "lost True" in launch(script, processes=2).stdout
 
 
 def test_a_failure_with_one_process_is_its_own() -> None:
@@ -128,6 +120,7 @@ def test_a_result_is_where_the_tensor_was() -> None:
 
 
 @pytest.mark.multirank
-def test_the_program_leaves_the_process_group_before_it_ends(launch: Launch) -> None:
+@pytest.mark.parametrize("words", ["0 methods --json", "2 memory-info nothing/here"])
+def test_the_program_leaves_the_process_group_before_it_ends(launch: Launch, words: str) -> None:
     # Inside of it, gloo aborted a third of the processes at exit, and their exit code was lost.
-    launch(REPOSITORY / "tests" / "scripts" / "leaves.py", processes=2)
+    launch(REPOSITORY / "tests" / "scripts" / "leaves.py", *words.split(), processes=2)

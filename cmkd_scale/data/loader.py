@@ -6,7 +6,7 @@ number of them; evaluation batches give every sample exactly once over all ranks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +83,7 @@ class TrainLoader:
         self._retries = 0
         self._reported = np.zeros(len(REASONS) + 1, dtype=np.int64)
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """Endless batches after the last one delivered.
 
         Raises:

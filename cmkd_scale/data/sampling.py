@@ -89,6 +89,23 @@ def quotas(counts: Ints, exponent: float) -> Ints:
     return whole
 
 
+def at_most(
+    labels: NDArray[np.int32], places: NDArray[np.int64], most: int, seed: int
+) -> NDArray[np.int64]:
+    """``most`` of the ``places`` of each class, or all that it has; ascending.
+
+    Args:
+        labels: [N] of a split.
+        places: [n] labelled samples of it, ascending.
+        most: of a class.
+        seed: of the choice.
+    """
+    shuffled = places[permutation(len(places), seed)]
+    order = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    first = np.searchsorted(labels[order], labels[order])
+    return np.sort(order[np.arange(len(order)) - first < most])
+
+
 def choose(
     labels: NDArray[np.int32],
     *,

@@ -1,4 +1,9 @@
-"""Null controls: teachers without the knowledge, to tell whether a gain is the teacher's."""
+"""Null controls: teachers without the knowledge, to tell whether a gain is the teacher's.
+
+``permuted`` has the teacher's structure under wrong names, ``random`` has none and contradicts
+itself, ``orthogonal`` tells all classes apart, surely and consistently, and knows nothing of which
+are alike.
+"""
 
 from __future__ import annotations
 
@@ -57,12 +62,40 @@ def random_teacher(memory: PrototypeMemory, seed: int) -> PrototypeMemory:
     """
     generator = torch.Generator().manual_seed(seed)
     known = memory.class_kept > 0
-    rows = known.unsqueeze(1)
     means = memory.class_mean[known]
     spread = means.std(0, correction=0).clamp(min=1e-6)
     drawn = torch.randn(memory.class_mean.shape, generator=generator)
-    class_mean = torch.where(rows, means.mean(0) + spread * drawn, 0.0)
-    weight = rows * torch.randn(memory.head_weight.shape, generator=generator)
+    head = torch.randn(memory.head_weight.shape, generator=generator)
+    return _made_up(memory, means.mean(0) + spread * drawn, head, generator)
+
+
+def orthogonal_teacher(memory: PrototypeMemory, seed: int) -> PrototypeMemory:
+    """The null control of a sure teacher to whom all classes are equally unlike.
+
+    Class means lie about the memory's centre in orthogonal directions (nearly so where there are
+    more classes than dimensions), as far from it as the memory's on average, and the head's rows
+    in the same directions. Else as ``random_teacher``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    known = memory.class_kept > 0
+    means = memory.class_mean[known]
+    classes, width = memory.class_mean.shape
+    directions = torch.randn(max(classes, width), width, generator=generator)
+    if classes <= width:
+        directions = torch.linalg.qr(directions).Q.T
+    directions = torch.nn.functional.normalize(directions[:classes], dim=1)
+    radius = (means - means.mean(0)).norm(dim=1).mean()
+    return _made_up(memory, means.mean(0) + radius * directions, directions, generator)
+
+
+def _made_up(
+    memory: PrototypeMemory, class_mean: Tensor, head: Tensor, generator: torch.Generator
+) -> PrototypeMemory:
+    """The memory with other class means [C, D] and a head [C, D] of other directions."""
+    known = memory.class_kept > 0
+    rows = known.unsqueeze(1)
+    class_mean = torch.where(rows, class_mean, 0.0)
+    weight = rows * head
     weight = weight * (memory.head_weight[known].norm() / weight.norm())
     bias = torch.zeros_like(memory.head_bias)
     mass = 1.0 / memory.prototype_class.bincount()[memory.prototype_class].float()
@@ -94,7 +127,7 @@ def apply_control(
     seed: int,
     student_names: Sequence[str] | None = None,
 ) -> PrototypeMemory:
-    """The memory itself (``none``) or its null control (``permuted``, ``random``).
+    """The memory itself (``none``) or its null control (``permuted``, ``random``, ``orthogonal``).
 
     Args:
         memory: as built, before it is aligned to the student's classes.
@@ -109,6 +142,8 @@ def apply_control(
         return permuted_teacher(memory, seed, student_names)
     if control == "random":
         return random_teacher(memory, seed)
+    if control == "orthogonal":
+        return orthogonal_teacher(memory, seed)
     return memory
 
 

@@ -7,10 +7,13 @@ classes stand in their order.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from cmkd_scale.memory.bank import PrototypeMemory
 
 MOST_LISTED = 256
 """Classes listed a prototype when a memory is built: up to so many classes nothing is cut."""
@@ -58,6 +61,26 @@ def compress(probabilities: Tensor, keep: int, known: Tensor | None = None) -> S
 def concatenate(parts: list[SoftLabels]) -> SoftLabels:
     """Rows of all parts, one after the other."""
     return SoftLabels(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def class_soft_labels(memory: PrototypeMemory, classes: Tensor) -> Tensor:
+    """Mean soft labels [c, c] of samples of ``classes`` [c], over these classes.
+
+    Args:
+        memory: that knows them.
+        classes: ascending.
+    """
+    rows = torch.isin(memory.prototype_class, classes).nonzero()[:, 0]
+    soft = SoftLabels(
+        memory.soft_label_values[rows],
+        memory.soft_label_classes[rows],
+        memory.soft_label_rest[rows],
+    )
+    own = torch.searchsorted(classes, memory.prototype_class[rows])
+    mass = memory.prototype_mass[rows].unsqueeze(1)
+    table = soft.values.new_zeros(len(classes), len(classes))
+    table.index_add_(0, own, mass * soft.dense(memory.class_kept > 0)[:, classes])
+    return table / table.sum(1, keepdim=True).clamp(min=1e-12)
 
 
 def head_says(

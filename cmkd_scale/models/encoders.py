@@ -1,9 +1,10 @@
 """Encoders built from a ``transformers`` configuration; nothing is downloaded.
 
 The only importer of ``transformers`` models. An encoder maps a batch of one modality to
-``(pooled [B, W], stages)`` and states its width W as ``out_dim``. No layer here mixes the
-samples of a batch: BatchNorm would make the result depend on how a batch is split over
-processes, so it is replaced by GroupNorm.
+``(pooled [B, W], stages)``, states its width W as ``out_dim`` and lists its repeated parts,
+shallow to deep, as ``blocks``: what is sharded, recomputed or compiled as one. No layer here
+mixes the samples of a batch: BatchNorm would make the result depend on how a batch is split
+over processes, so it is replaced by GroupNorm.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ class ResNetEncoder(nn.Module):
         batch_norm_to_group_norm(self.backbone)
         self.pool = nn.AdaptiveAvgPool2d(pool_grid)
         self.out_dim = widths[-1] * pool_grid[0] * pool_grid[1]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Residual blocks, shallow to deep."""
+        stages = self.backbone.encoder.stages
+        return [layer for stage in stages for layer in stage.layers]  # type: ignore[union-attr]
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Map [B, channels, height, width] to ([B, W], stages).
@@ -96,6 +103,11 @@ class ByteTransformer(nn.Module):
         )
         self.backbone = BertModel(config, add_pooling_layer=False)
         self.out_dim = width
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Layers, shallow to deep."""
+        return list(self.backbone.encoder.layer)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Map int64 [B, max_bytes] to ([B, W], stages)."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cmkd_scale.models.encoders import as_model_dtype, build_encoder
 from cmkd_scale.records import ModelOutput
@@ -38,6 +42,25 @@ class Model(nn.Module):
             nn.LayerNorm(feature_dim, elementwise_affine=False),
         )
         self.head = nn.Linear(feature_dim, classes)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's repeated parts, shallow to deep."""
+        blocks: Any = self.encoder.blocks
+        return list(blocks)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of blocks for the backward pass, which computes the rest again.
+
+        Chen et al. 2016. Names of parameters stay what they are.
+        """
+        for block in self.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    def compile_blocks(self) -> None:
+        """Compile each block (``torch.compile``); equal ones share the code."""
+        for block in self.blocks:
+            block.compile()
 
     def forward(self, inputs: Tensor) -> ModelOutput:
         """Map a batch of inputs to features [B, D], logits [B, C] and the encoder's stages."""

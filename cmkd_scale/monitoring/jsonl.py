@@ -32,8 +32,7 @@ class JsonlSink:
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            limit = math.inf if resume_step is None else resume_step
-            _replace(path, (line for line, record in _lines(path) if record["step"] <= limit))
+            cut_back(path, math.inf if resume_step is None else resume_step)
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -49,6 +48,15 @@ class JsonlSink:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def cut_back(path: Path, last_step: float) -> None:
+    """Drop the lines of later steps, and a torn last one; the file is replaced atomically.
+
+    Raises:
+        IntegrityError: a line other than the last is not a JSON object with a step.
+    """
+    _replace(path, (line for line, record in _lines(path) if record["step"] <= last_step))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -23,12 +23,19 @@ nobody downstream has to know about restarts.
                              classes, or of the whole where mass may cross classes
 ``alignment_distance/<what>`` ``transport``: mean transported cost, in units of the median cost
 ``alignment_wrong_class_mass`` share of the mass that went to prototypes of another class
+``guard_weight``             how far the guard trusts the teachers, 0 to 1, mean over memories
 ``ring_age_steps``           mean age of the student features that are kept
 ``memory_sync_seconds``      that the program waited for a step's exchange between ranks, mean
                              since the previous logged step (a GPU may go on waiting)
 ``memory_sync_bytes``        that this rank sent for it since the previous logged step
 ``memory_rank_mismatches``   ranks whose memory, potentials or statistics differed from rank 0's
-``checkpoint_seconds``       duration of a checkpoint that was just completed
+``checkpoint_seconds``       from the beginning to the end of a checkpoint that was completed
+``checkpoint_stall_seconds`` of which training waited
+``checkpoint_failures``      checkpoints since the previous logged step that could not be written
+``steps_skipped``            steps since the previous logged step whose gradient was not finite
+``restarts/<reason>``        times that the whole run was resumed, or rolled back
+``slowest_rank``             rank that took longest over its own part of the steps since the
+                             previous logged one, ``slowest_rank_ratio`` times the others' median
 ``test/accuracy``            result of an evaluation at this step, likewise any ``test/...``
 ============================ ============================================================
 
@@ -174,6 +181,13 @@ METRICS: tuple[Metric, ...] = (
         keys=("alignment_wrong_class_mass",),
     ),
     Metric(
+        "cmkd_guard_weight",
+        "gauge",
+        "How far the guard trusts the teachers, 0 to 1; mean over memories.",
+        "value",
+        keys=("guard_weight",),
+    ),
+    Metric(
         "cmkd_alignment_ring_age_steps",
         "gauge",
         "Mean age of the student features that are kept, in steps.",
@@ -214,6 +228,35 @@ METRICS: tuple[Metric, ...] = (
         "Unix time at which a checkpoint was last completed.",
         "time",
         keys=("checkpoint_seconds",),
+    ),
+    Metric(
+        "cmkd_checkpoint_failures_total",
+        "counter",
+        "Checkpoints that could not be written.",
+        "increment",
+        keys=("checkpoint_failures",),
+    ),
+    Metric(
+        "cmkd_train_steps_skipped_total",
+        "counter",
+        "Steps left out because their gradient was not finite.",
+        "increment",
+        keys=("steps_skipped",),
+    ),
+    Metric(
+        "cmkd_restarts_total",
+        "counter",
+        "Times that the whole run was continued from a checkpoint, by reason.",
+        "total",
+        keys=("restarts/*",),
+        labels=("reason",),
+    ),
+    Metric(
+        "cmkd_train_slowest_rank_ratio",
+        "gauge",
+        "Time of the slowest rank over its own part of a step, over the median of the others.",
+        "value",
+        keys=("slowest_rank_ratio",),
     ),
     Metric(
         "cmkd_eta_seconds",

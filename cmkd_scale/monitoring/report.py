@@ -23,6 +23,8 @@ from cmkd_scale.monitoring.report_analysis import (
     read_predictions,
     read_prototypes,
 )
+from cmkd_scale.monitoring.report_bound import bound_plot, bound_sentence, nats, read_bounds
+from cmkd_scale.monitoring.report_guard import read_guards
 from cmkd_scale.monitoring.report_runs import Group, Run, group_runs, load_runs
 from cmkd_scale.monitoring.report_verdict import find_control, verdict
 
@@ -92,6 +94,7 @@ def render(page: Mapping[str, Any]) -> str:
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
     environment.filters["duration"] = _duration
+    environment.filters["nats"] = nats
     return environment.get_template("report.html.j2").render(page)
 
 
@@ -111,6 +114,7 @@ def _compose(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Picture]]:
         pictures["learning_curves"] = Picture(report_plots.curves_plot(logged, panels), about)
     confusion = _confusion(compared, pictures)
     space = _map(compared, pictures)
+    bound = _bound(compared, pictures)
     page = {
         "verdict": verdict(compared),
         "groups": groups,
@@ -118,6 +122,8 @@ def _compose(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Picture]]:
         "pictures": pictures,
         "confusion": confusion,
         "map": space,
+        "bound": bound,
+        "guards": read_guards(compared),
         "runs": [run for group in groups for run in group.runs],
         "versions": _versions(runs),
         "configs": [(g.method, g.runs[0].name, g.runs[0].config) for g in groups],
@@ -207,6 +213,16 @@ def _map(groups: Sequence[Group], pictures: dict[str, Picture]) -> dict[str, Any
             )
             return {"caption": caption}
     return None
+
+
+def _bound(groups: Sequence[Group], pictures: dict[str, Picture]) -> dict[str, Any] | None:
+    """Draw and list where the error of each method with a teacher comes from."""
+    bounds = read_bounds(groups)
+    if not bounds:
+        return None
+    sentence = bound_sentence(bounds)
+    pictures["bound"] = Picture(bound_plot(bounds), f"Error by where it comes from: {sentence}")
+    return {"sentence": sentence, "rows": bounds}
 
 
 def _memory_file(run: Run) -> Path | None:

@@ -195,6 +195,7 @@ def _read_results(file: Path) -> Mapping[str, Any]:
     for key in ("test/accuracy", "test/cross_entropy"):
         _expect(file, key, metrics.get(key), (int, float))
     _expect(file, "test/per_class_accuracy", metrics.get("test/per_class_accuracy"), dict)
+    _expect(file, "bound", metrics.get("bound"), list)
     return {key: value for key, value in results.items() if value is not None}
 
 

@@ -92,7 +92,7 @@ class PrometheusSink:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._families: dict[str, Counter | Gauge | Histogram] = {}
-        self._totals: dict[str, float] = {}
+        self._totals: dict[tuple[str, str], float] = {}
         self._timed_step = resume_step
         self._clock = clock
         self._labels = {
@@ -145,9 +145,10 @@ class PrometheusSink:
             for _ in range(steps):
                 series.observe(number)
         else:
-            known = self._totals.get(metric.name, 0.0) if metric.feed == "total" else 0.0
+            place = metric.name, component
+            known = self._totals.get(place, 0.0) if metric.feed == "total" else 0.0
             series.inc(max(0.0, number - known))
-            self._totals[metric.name] = max(number, known)
+            self._totals[place] = max(number, known)
 
     def _series(self, metric: Metric, component: str) -> Counter | Gauge | Histogram:
         """Return the series of ``metric`` for this run's labels, made on first use."""

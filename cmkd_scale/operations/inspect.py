@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cmkd_scale.losses import LOSSES
 from cmkd_scale.memory.bank import FILE_NAME, load_memory, thin_classes
 from cmkd_scale.training.methods import METHODS
 
@@ -16,12 +17,23 @@ def methods() -> list[dict[str, Any]]:
             "name": name,
             "summary": method.summary,
             "needs_memory": method.needs_memory,
-            "needs_pairs": False,
-            "needs_live_teacher": False,
-            "needs_teacher_data": False,
+            "memories": method.memories or int(method.needs_memory),
+            "needs_pairs": method.modes == ("paired",),
+            "needs_live_teacher": method.live,
+            "needs_teacher_data": method.live,
             "needs_student_labels": True,
+            "needs_unlabelled": method.unlabelled,
+            "modes": list(method.modes),
+            "trains_teacher": method.trains_teacher,
+            "students": method.students,
+            "extra_parameters": method.students > 1
+            or any(LOSSES[name].build is not None for name in method.components),
+            "update": method.update,
+            "inner": dict(method.inner),
+            "guarded": method.guarded,
             "weights": dict(method.weights),
             "source": method.source,
+            "departs": method.departs,
         }
         for name, method in METHODS.items()
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cmkd_scale import distributed
-from cmkd_scale.config import Config, with_changes
+from cmkd_scale.config import Config
 from cmkd_scale.errors import UsageError
 from cmkd_scale.files import read_json
 from cmkd_scale.memory.bank import (
@@ -33,23 +33,14 @@ from cmkd_scale.stages.common import (
     open_split_for,
     start_engine,
     weights_digest,
+    with_data_of,
 )
 from cmkd_scale.stages.memory_file import find_finished, save_if_agreed
 from cmkd_scale.stages.pass_identity import memory_identity, pass_identity
 from cmkd_scale.stages.runs import open_run, write_results
 from cmkd_scale.stages.teacher_pass import PASS, Passed, Start, run_pass, stop_if_signalled
 from cmkd_scale.training.preemption import Preemption
-
-_OF_THE_TEACHER = (
-    "shards",
-    "modality",
-    "source",
-    "options",
-    "label_map",
-    "train_split",
-    "validation_split",
-)
-"""Keys of ``data`` that are the teacher's own where ``data.shards`` is unset."""
+from cmkd_scale.training.watchdog import Watchdog
 
 
 def memory(config: Config) -> dict[str, Any]:
@@ -70,8 +61,7 @@ def memory(config: Config) -> dict[str, Any]:
     trained = load_trained(run, "teacher")
     _check_finished(trained, run)
     if config.data.shards is None:
-        shards = trained.config.model_dump(mode="json")["data"]
-        config = with_changes(config, {f"data.{key}": shards[key] for key in _OF_THE_TEACHER})
+        config = with_data_of(trained, config)
     engine = start_engine(config)
     data = open_split_for(trained, config, config.data.train_split)
     held_out = open_split_for(trained, config, config.data.validation_split)
@@ -94,11 +84,14 @@ def memory(config: Config) -> dict[str, Any]:
     if result is not None:
         digest, reused = result.digest(), result.provenance["counts"]["memory/batches"]
     else:
-        with _one_thread(), Preemption() as preemption:
-            start = Start(trained, data, held_out, config, directory, engine.device, preemption)
+        watching = Watchdog(config.run.watchdog_seconds, directory=directory)
+        with _one_thread(), Preemption() as preemption, watching as watchdog:
+            start = Start(
+                trained, data, held_out, config, directory, engine.device, preemption, watchdog
+            )
             with _progress(f"samples of {data.reader.manifest.name} through the teacher") as tell:
                 passed = run_pass(start, identity, tell)
-            result = _build(passed, recipe, data.label_names, provenance, preemption)
+            result = _build(passed, recipe, data.label_names, provenance, start)
         digest, reused = save_if_agreed(result, file), passed.reused
     counts = {**result.provenance["counts"], "memory/batches_reused": reused}
     results = write_results(
@@ -122,14 +115,15 @@ def _build(
     recipe: Recipe,
     class_names: Sequence[str],
     provenance: Mapping[str, Any],
-    preemption: Preemption,
+    start: Start,
 ) -> PrototypeMemory:
     """The memory of a pass; a signal ends it between two blocks of classes."""
     with _progress("classes into the memory") as tell:
 
         def after_block(done: int, total: int) -> None:
             tell(done, total)
-            stop_if_signalled(preemption)
+            start.watchdog.at("exchange", done)
+            stop_if_signalled(start.preemption)
 
         return build_memory(
             passed.spool,

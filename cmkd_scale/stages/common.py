@@ -11,18 +11,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cmkd_scale import distributed
 from cmkd_scale.config import Config, with_changes
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.memory.bank import PrototypeMemory, load_memory
 from cmkd_scale.models.model import Model, build_model
-from cmkd_scale.stages.runs import read_config
+from cmkd_scale.stages.runs import read_config, versions
 from cmkd_scale.stages.streams import SplitData, open_split
 from cmkd_scale.training.checkpoint import blob_name, load_newest
-from cmkd_scale.training.engine import Engine
+from cmkd_scale.training.engine import AVERAGE_FILE, MODEL_FILE, Engine
+from cmkd_scale.training.projectors import Projector
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_FEATURE_DIM = 128
+
+_OF_THE_TEACHER = (
+    "shards",
+    "modality",
+    "source",
+    "options",
+    "label_map",
+    "train_split",
+    "validation_split",
+)
+"""Keys of ``data`` that are the teacher's own where ``data.shards`` is unset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +94,23 @@ class Taught:
 
 
 def start_engine(config: Config) -> Engine:
-    """Join the launched world as the config says."""
-    return Engine(mixed_precision=config.train.mixed_precision, world_size=config.run.world_size)
+    """Join the launched world as the config says; a collective call.
+
+    Raises:
+        UsageError: the launch is not what it seems, or processes differ in version or config.
+    """
+    engine = Engine(
+        mixed_precision=config.train.mixed_precision,
+        world_size=config.run.world_size,
+        collective_timeout_seconds=config.run.collective_timeout_seconds,
+    )
+    identity = f"{sorted(versions().items())} {config.digest()}"
+    if not distributed.same_digest(hashlib.sha256(identity.encode()).hexdigest()):
+        raise UsageError(
+            "The processes run other versions of the program or its libraries, or other "
+            f"configurations (here {identity}); give all machines the same environment and config."
+        )
+    return engine
 
 
 def open_split_for(trained: Trained, config: Config, split: str) -> SplitData:
@@ -104,6 +132,12 @@ def open_split_for(trained: Trained, config: Config, split: str) -> SplitData:
             "give it shards with its own labels with data.shards=DIR."
         )
     return data
+
+
+def with_data_of(trained: Trained, config: Config) -> Config:
+    """The config with the shards that a model was trained on."""
+    data = trained.config.model_dump(mode="json")["data"]
+    return with_changes(config, {f"data.{key}": data[key] for key in _OF_THE_TEACHER})
 
 
 def make_spec(config: Config, data: SplitData, feature_dim: int) -> ModelSpec:
@@ -142,16 +176,9 @@ def load_trained(run: Path, role: str) -> Trained:
     try:
         spec = ModelSpec.from_json(checkpoint.state["model"])
         model = spec.build()
-        weights = checkpoint.files["model.safetensors"]
-        prefix = "model."
-        model.load_state_dict(
-            {
-                name.removeprefix(prefix): value
-                for name, value in weights.items()
-                if name.startswith(prefix)
-            }
-        )
-        taught_by = _taught_by(path, weights)
+        weights = {**checkpoint.files[MODEL_FILE], **checkpoint.files.get(AVERAGE_FILE, {})}
+        load_weights(model, weights)
+        taught_by = taught_by_memories(path, weights)
     except (KeyError, TypeError, RuntimeError) as error:
         raise IntegrityError(
             f"Checkpoint {path} does not hold the model that its state describes ({error})."
@@ -165,17 +192,38 @@ def load_trained(run: Path, role: str) -> Trained:
     )
 
 
-def _taught_by(checkpoint: Path, weights: Mapping[str, Tensor]) -> tuple[Taught, ...]:
+def load_weights(model: Model, weights: Mapping[str, Tensor]) -> None:
+    """Take the model's weights out of those of what was trained around it.
+
+    Raises:
+        RuntimeError: they are those of another model.
+    """
+    prefix = "model."
+    model.load_state_dict(
+        {
+            name.removeprefix(prefix): value
+            for name, value in weights.items()
+            if name.startswith(prefix)
+        }
+    )
+
+
+def projector_of(weights: Mapping[str, Tensor], number: int) -> nn.Module:
+    """The way from a student's features to the space of its memory ``number``."""
+    name = f"projectors.{number}"
+    if f"{name}.weight" not in weights:
+        return nn.Identity()
+    matrix = weights[f"{name}.weight"]
+    projector = Projector(matrix.shape[1], matrix.shape[0])
+    projector.load_state_dict({"weight": matrix, "bias": weights[f"{name}.bias"]})
+    return projector
+
+
+def taught_by_memories(checkpoint: Path, weights: Mapping[str, Tensor]) -> tuple[Taught, ...]:
     """The memories that a checkpoint holds, with the projectors that were trained to them."""
     found: list[Taught] = []
     while (file := checkpoint / blob_name(len(found))).is_file():
-        projector: nn.Module = nn.Identity()
-        name = f"projectors.{len(found)}"
-        if f"{name}.weight" in weights:
-            matrix = weights[f"{name}.weight"]
-            projector = nn.Linear(matrix.shape[1], matrix.shape[0])
-            projector.load_state_dict({"weight": matrix, "bias": weights[f"{name}.bias"]})
-        found.append(Taught(load_memory(file), projector))
+        found.append(Taught(load_memory(file), projector_of(weights, len(found))))
     return tuple(found)
 
 

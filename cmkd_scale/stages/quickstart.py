@@ -150,6 +150,10 @@ def summary_table(results: dict[str, Any]) -> str:
     )
 
 
+def _guard(control: str) -> bool | None:
+    return None if control == "none" else False
+
+
 def _config(
     run: Path,
     seed: int,
@@ -178,7 +182,8 @@ def _config(
             "run": {"dir": str(run), "seed": seed},
             "data": data,
             "memory": {"run": None if memory_run is None else str(memory_run)},
-            "method": {"name": method, "control": control},
+            # A control shows what a wrong teacher would do; the guard would leave it out.
+            "method": {"name": method, "control": control, "guard": _guard(control)},
             "train": train,
         }
     )

@@ -148,6 +148,12 @@ def make_draw(config: Config, data: SplitData) -> Draw:
     )
 
 
+def drawn_places(config: Config, data: SplitData) -> NDArray[np.int64]:
+    """Places of all labelled samples that training may read, each once, ascending."""
+    places = make_draw(config, data).places(0)
+    return np.arange(len(data.labels)) if places is None else np.unique(places)
+
+
 def compare_streams(
     config: Config,
     data: SplitData,

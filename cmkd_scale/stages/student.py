@@ -6,13 +6,20 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from cmkd_scale import distributed
 from cmkd_scale.config import Config
+from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.bank import FILE_NAME, load_memory
-from cmkd_scale.stages.common import DEFAULT_FEATURE_DIM
-from cmkd_scale.stages.train import Recipe, alignment_options, train
+from cmkd_scale.stages.common import (
+    DEFAULT_FEATURE_DIM,
+    Trained,
+    load_trained,
+    weights_digest,
+)
+from cmkd_scale.stages.through_faults import Recipe, alignment_options
+from cmkd_scale.stages.train import train
 from cmkd_scale.training.alignment_options import check_options
-from cmkd_scale.training.methods import check_needs, resolve_method
-from cmkd_scale.training.targets import MemoryTargets
+from cmkd_scale.training.method_checks import Offer, check_needs, resolve_method
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +40,18 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
     # comparison are the same.
     paths = _memory_files(config.memory.run)
     memories = [load_memory(path) for path in paths]
+    check_needs(
+        name,
+        method,
+        Offer(
+            memories=len(memories),
+            teacher=config.teacher.run is not None,
+            mode=config.data.mode,
+            unlabelled=config.data.unlabelled != "none",
+        ),
+    )
+    teacher = _live_teacher(config) if method.live else None
     if method.needs_memory:
-        check_needs(name, method, MemoryTargets.provides if memories else frozenset())
         check_options(alignment_options(config))
         if config.method.transport == "label_free" and method.reads_soft_labels:
             _log.warning(
@@ -46,6 +63,8 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
     # Of several memories the list of their digests is one, too.
     digest = "+".join(memory.digest() for memory in memories) or None
     width = memories[0].feature_dim if memories else DEFAULT_FEATURE_DIM
+    if teacher is not None:
+        width = teacher.spec.feature_dim
     if control != "none" and not method.needs_memory:
         _log.warning("method.control=%s changes nothing: %s has no teacher.", control, name)
     recipe = Recipe(
@@ -57,8 +76,25 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
         control=control,
         memory_digest=digest if method.needs_memory else None,
         memory_files=tuple(map(str, paths)) if method.needs_memory else (),
+        teacher=teacher,
+        guarded=method.needs_memory
+        and (method.guarded if config.method.guard is None else config.method.guard),
     )
     return train(config, recipe, console=console)
+
+
+def _live_teacher(config: Config) -> Trained:
+    """The finished teacher of ``teacher.run``; a collective call.
+
+    Raises:
+        UsageError: there is none, or processes find different ones.
+    """
+    teacher = load_trained(Path(str(config.teacher.run)), "teacher")
+    if not distributed.same_digest(weights_digest(teacher.model)):
+        raise UsageError(
+            "The processes find different teachers at teacher.run; give all machines the same run."
+        )
+    return teacher
 
 
 def _memory_files(run: Path | list[Path] | None) -> list[Path]:

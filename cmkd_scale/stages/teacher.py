@@ -7,8 +7,9 @@ from typing import Any
 from cmkd_scale.config import Config
 from cmkd_scale.errors import UsageError
 from cmkd_scale.stages.common import DEFAULT_FEATURE_DIM
-from cmkd_scale.stages.train import Recipe, train
-from cmkd_scale.training.methods import resolve_method
+from cmkd_scale.stages.through_faults import Recipe
+from cmkd_scale.stages.train import train
+from cmkd_scale.training.method_checks import resolve_method
 
 DEFAULT_METHOD = "ce"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,16 +24,15 @@ from cmkd_scale.memory.statistics import Moments
 from cmkd_scale.models.model import Model
 from cmkd_scale.records import ModelOutput
 from cmkd_scale.stages.common import Trained
+from cmkd_scale.stages.meetings import in_meetings
 from cmkd_scale.stages.pass_identity import parts_identity
 from cmkd_scale.stages.pass_plan import Plan, choose_by_key
 from cmkd_scale.stages.streams import SplitData, open_quarantine
 from cmkd_scale.training.preemption import Preemption
+from cmkd_scale.training.watchdog import Watchdog
 
 PASS = "pass"
 """Directory of the run that holds what has passed the teacher, until there are results."""
-MEETING_BATCHES = 64
-"""After so many batches of each rank all meet: a signal, a failure or too much damage on one of
-them reaches the others there, and none waits for a slower one longer than a collective may."""
 
 Progress = Callable[[int, int], None]
 _Said = tuple[NDArray[np.int64], Tensor, ModelOutput]
@@ -56,6 +54,8 @@ class Start:
     device: torch.device
     preemption: Preemption
     """Watched between batches."""
+    watchdog: Watchdog
+    """Told of each batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +81,14 @@ class _Reading:
     device: torch.device
     quarantine: Quarantine
     preemption: Preemption
+    watchdog: Watchdog
 
     @staticmethod
     def open(start: Start, model: Model, data: SplitData) -> _Reading:
         """Begin; a collective call."""
         fraction, samples = start.config.data.max_bad_fraction, len(data.labelled())
         quarantine = open_quarantine(start.directory, data, fraction, samples)
-        return _Reading(model, data, start.device, quarantine, start.preemption)
+        return _Reading(model, data, start.device, quarantine, start.preemption, start.watchdog)
 
     def forward(self, parts: list[NDArray[np.int64]]) -> Iterator[_Said]:
         """What the model says of each part."""
@@ -123,16 +124,14 @@ class _Reading:
             PreemptedError: on all ranks: one was signalled.
             CmkdError: on all ranks: one has failed, or too many samples are damaged.
         """
-        said = enumerate(self.forward(parts))
-
-        def some() -> None:
-            for number, of_part in itertools.islice(said, MEETING_BATCHES):
-                take(number, of_part)
-                if self.preemption.received:
-                    return
-
-        for _ in range(0, max(1, most), MEETING_BATCHES):
-            distributed.run_together(some)
+        for _ in in_meetings(
+            enumerate(self.forward(parts)),
+            most,
+            lambda said: take(*said),
+            preemption=self.preemption,
+            watchdog=self.watchdog,
+            phase="data",
+        ):
             distributed.run_together(lambda: self.quarantine.share(self.data.reader))
             stop_if_signalled(self.preemption)
 

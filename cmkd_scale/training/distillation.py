@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cmkd_scale.losses import LOSSES
+from cmkd_scale.data.companions import (
+    TEACHER_INPUTS,
+    TEACHER_LABELS,
+    UNLABELLED,
+    UNLABELLED_WEAK,
+)
+from cmkd_scale.losses import LOSSES, UNLABELLED_VALUES, Sizes
+from cmkd_scale.losses.precision import at_least_float
 from cmkd_scale.models.model import Model
 from cmkd_scale.records import ModelOutput
 from cmkd_scale.training.exchange import Exchange, Outgoing
-from cmkd_scale.training.methods import Method
-from cmkd_scale.training.targets import MemoryTargets, Values
+from cmkd_scale.training.live_teacher import LiveTeacher, Values
+from cmkd_scale.training.method import Method
+from cmkd_scale.training.projectors import (
+    Projector,
+    make_projectors,
+    shares_of,
+    transfer_head,
+)
+from cmkd_scale.training.targets import MemoryTargets
+
+_WEIGHTED = frozenset({"share", "class_share", "share_of_class"})
+"""A loss that reads one of these weights its samples or classes by it."""
 
 
 class StepResult(NamedTuple):
@@ -27,6 +43,21 @@ class StepResult(NamedTuple):
     outgoing: tuple[Outgoing, ...]
     """What this rank's batch has to say, for each memory."""
     step: int
+
+    def detached(self) -> StepResult:
+        """The same without gradient."""
+        return self._replace(loss=self.loss.detach())
+
+    @staticmethod
+    def mean(results: Sequence[StepResult]) -> StepResult:
+        """Of the parts of a batch, which are equally large; what they have to say is left out."""
+        count = len(results)
+        components = {
+            name: torch.stack([result.components[name] for result in results]).sum() / count
+            for name in results[0].components
+        }
+        loss = torch.stack([result.loss for result in results]).sum() / count
+        return StepResult(loss, components, (), results[0].step)
 
 
 class Underway(NamedTuple):
@@ -47,7 +78,7 @@ class Underway(NamedTuple):
 
 
 class Distillation(nn.Module):
-    """A model in training: by its labels alone, or by the memories of teachers, too."""
+    """A model in training: by its labels alone, or by teachers, too."""
 
     class_share: Tensor
 
@@ -56,89 +87,180 @@ class Distillation(nn.Module):
         model: Model,
         method: Method,
         targets: Sequence[MemoryTargets] = (),
+        *,
+        live: LiveTeacher | None = None,
+        cohort: Sequence[Model] = (),
+        sizes: Sizes | None = None,
+        trust: Sequence[float] = (),
+        autocast: torch.dtype | None = None,
     ) -> None:
         """Join the model to its losses; the head starts as the teachers' if the method says so.
 
-        The first memory of the student's own width shares its feature space. Any other has a
+        The first teacher of the student's own width shares its feature space. Any other has a
         space of its own, which a projector maps the student's features to.
 
         Args:
             model: the network to train.
             method: components and weights.
-            targets: a memory each; none for methods without a teacher.
+            targets: a memory each; none for methods without one.
+            live: the teacher that runs beside the student, if the method needs one.
+            cohort: further students that learn along (``mutual``).
+            sizes: of student and live teacher, for losses that have parameters.
+            trust: of each memory, 0 to 1, as the guard has it; none given: full.
+            autocast: type in which the model computes what it may; None: that of its inputs.
         """
         super().__init__()
+        self.autocast = autocast
         self.model = model
         self.targets = nn.ModuleList(targets)
         self.memories = tuple(targets)
-        width = model.head.in_features
-        shares = place_for_own_space(width, targets)
-        self.projectors = nn.ModuleList(
-            nn.Identity() if number == shares else make_projector(width, target.feature_dim)
-            for number, target in enumerate(targets)
-        )
-        for target, projector in zip(targets, self.projectors, strict=True):
-            # One that no loss reads has no gradient, which DDP would wait for.
-            projector.requires_grad_(target.reads_features)
+        self.live = live
+        self.cohort = nn.ModuleList(cohort)
         self.weights: Mapping[str, float] = {
             name: weight for name, weight in method.weights.items() if weight > 0
         }
-        self.wanted = frozenset(v for name in self.weights for v in LOSSES[name].needs.values())
+        self.method = method
+        self.wanted = method.values
+        self.projectors = make_projectors(model, targets, live, method)
+        self.parts = nn.ModuleDict()
+        self._functions = {name: LOSSES[name].function for name in method.components}
+        for name in method.components:
+            build = LOSSES[name].build
+            if build is not None:
+                assert sizes is not None
+                self.parts[name] = self._functions[name] = build(sizes)
+        self.trust = tuple(trust) or (1.0,) * len(targets)
         if targets:
-            self.register_buffer("class_share", shares_of(targets), persistent=False)
+            self.register_buffer("class_share", shares_of(targets, self.trust), persistent=False)
+            self.part_of = tuple(self.class_share.max(1).values.tolist())
             for target, share in zip(targets, self.class_share, strict=True):
                 target.class_share.copy_(share)
             if method.head_transfer:
-                _transfer_head(model, self._heads(), self.class_share)
+                transfer_head(model, self._heads(), self.class_share)
 
-    def forward(self, inputs: Tensor, labels: Tensor, step: int) -> StepResult:
-        """Loss of a batch: inputs [B, ...], labels [B]."""
-        output = self.model(inputs)
-        # Under mixed precision the model runs in bfloat16; what compares it with the memory
-        # does not.
-        with torch.autocast(inputs.device.type, enabled=False):
-            return self._losses(output, labels, step)
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        step: int,
+        beside: Mapping[str, Tensor] | None = None,
+        inner: str | None = None,
+    ) -> StepResult:
+        """Loss of a batch.
 
-    def _losses(self, output: ModelOutput, labels: Tensor, step: int) -> StepResult:
-        own: Values = {
+        Args:
+            inputs: [B, ...]
+            labels: [B]
+            step: number of the step.
+            beside: what else the step reads, see ``data/companions``.
+            inner: the one component to compute, with weight 1, instead of the method's.
+        """
+        device = inputs.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            output = self.model(inputs)
+            values = self._values(output, inputs, beside or {})
+        weights = self.weights if inner is None else {inner: 1.0}
+        # What compares the model with the teacher is computed in float32.
+        with torch.autocast(device, enabled=False):
+            return self._losses({**values, "labels": labels}, labels, step, weights)
+
+    def _values(self, output: ModelOutput, inputs: Tensor, beside: Mapping[str, Tensor]) -> Values:
+        """What student, cohort and live teacher say of the batch."""
+        values: Values = {
             "features": output.features,
             "logits": output.logits,
-            "labels": labels,
-            "head_weight": self.model.head.weight,
+            "stages": output.stages,
+            # In a sharded model, weights are gathered in the type that it computes in.
+            "head_weight": at_least_float(self.model.head.weight),
         }
+        if "detached_logits" in self.wanted:
+            values["detached_logits"] = self.model.head(output.features.detach())
+        if self.cohort:
+            others = (member(inputs).logits for member in self.cohort)
+            values["cohort_logits"] = (output.logits, *others)
+        if UNLABELLED_VALUES & self.wanted:
+            unlabelled = self.model(beside[UNLABELLED])
+            values["unlabelled_logits"] = unlabelled.logits
+            values["unlabelled_features"] = unlabelled.features
+            with torch.no_grad():
+                values["unlabelled_weak_logits"] = self.model(beside[UNLABELLED_WEAK]).logits
+        if self.live is not None:
+            values |= self.live(beside[TEACHER_INPUTS], beside[TEACHER_LABELS])
+        return values
+
+    def _losses(
+        self, own: Values, labels: Tensor, step: int, weights: Mapping[str, float]
+    ) -> StepResult:
+        features = own["features"]
+        assert isinstance(features, Tensor)
         components: dict[str, Tensor] = {}
         outgoing = []
-        for number, (target, projector) in enumerate(
-            zip(self.memories, self.projectors, strict=True)
-        ):
-            features = projector(output.features.float())
-            provided, out = target(features, labels, step)
+        for number, target in enumerate(self.memories):
+            projected = self.projectors[number](at_least_float(features))
+            provided, out = target(projected, labels, step)
             outgoing.append(out)
+            if "unlabelled_projected" in self.wanted:
+                unlabelled = own["unlabelled_features"]
+                assert isinstance(unlabelled, Tensor)
+                provided["unlabelled_projected"] = self.projectors[number](unlabelled.float())
             if "teacher_head_weight" in self.wanted:
                 provided["teacher_head_weight"] = self._head(number)[0]
-                provided["class_share"] = self.class_share[number] / self.class_share.sum()
-            for name in self.weights:
-                if LOSSES[name].by_teacher:
-                    value = self._component(name, {**own, **provided, "stages": output.stages})
-                    components[name] = components.get(name, 0.0) + value
-        for name in self.weights:
-            if not LOSSES[name].by_teacher:
-                components[name] = self._component(name, {**own, "stages": output.stages})
-        total = torch.stack([components[name] for name in self.weights]).sum()
-        detached = {name: components[name].detach() for name in self.weights}
-        return StepResult(total, detached, tuple(outgoing), step)
+                share = self.class_share[number]
+                weight = self.trust[number] / share.sum().clamp(min=1e-12)
+                provided["class_share"] = share * weight
+            self._add(components, weights, {**own, **provided}, self.part_of[number])
+        if self.live is not None:
+            self._add(components, weights, {**own, **self._of_live(features)}, 1.0)
+        self._add(components, weights, own)
+        total_loss = torch.stack([components[name] for name in weights]).sum()
+        detached = {name: components[name].detach() for name in weights}
+        return StepResult(total_loss, detached, tuple(outgoing), step)
 
-    def _component(self, name: str, values: Mapping[str, object]) -> Tensor:
-        loss = LOSSES[name]
-        arguments = {argument: values[value] for argument, value in loss.needs.items()}
-        return self.weights[name] * loss.function(**arguments)
+    def _of_live(self, features: Tensor) -> Values:
+        """The student's features as the live teacher sees them."""
+        assert self.live is not None
+        projected = self.projectors[-1](at_least_float(features))
+        values: Values = {"projected": projected}
+        if "teacher_logits" in self.wanted:
+            values["teacher_logits"] = self.live.read_head(projected)
+        if "detached_teacher_logits" in self.wanted:
+            values["detached_teacher_logits"] = self.live.read_head(projected.detach())
+        return values
 
-    def start_step(self, result: StepResult) -> Underway:
-        """Begin to exchange what the batches of all ranks say, before backward; collective."""
-        exchanges = (
-            target.start(out) for target, out in zip(self.memories, result.outgoing, strict=True)
-        )
-        return Underway(tuple(exchanges), result.step)
+    def _add(
+        self,
+        components: dict[str, Tensor],
+        weights: Mapping[str, float],
+        values: Values,
+        part: float | None = None,
+    ) -> None:
+        """Add what the components come to with these values, weighted.
+
+        Args:
+            components: the sums so far.
+            weights: of the components.
+            values: what they read.
+            part: of all teachers that this one counts for; None: the student's own components.
+        """
+        for name, weight in weights.items():
+            loss = LOSSES[name]
+            if loss.by_teacher != (part is not None):
+                continue
+            arguments = {argument: values[value] for argument, value in loss.needs.items()}
+            value = self._functions[name](**arguments)
+            if part is not None and not _WEIGHTED & set(loss.needs.values()):
+                value = part * value
+            components[name] = components.get(name, 0.0) + weight * value
+
+    def start_step(self, results: Sequence[StepResult]) -> Underway:
+        """Begin to exchange what the batches of all ranks say, before backward; collective.
+
+        Args:
+            results: of the parts of this rank's batch.
+        """
+        said = zip(*(result.outgoing for result in results), strict=True)
+        exchanges = (target.start(parts) for target, parts in zip(self.memories, said, strict=True))
+        return Underway(tuple(exchanges), results[0].step)
 
     def finish_step(self, underway: Underway) -> None:
         """Move potentials and statistics by the batch of all ranks; a collective call."""
@@ -149,7 +271,10 @@ class Distillation(nn.Module):
         """What there is to log of the alignment after ``step``; means over the memories."""
         rows = [target.measures(step) for target in self.memories]
         names = rows[0] if rows else {}
-        return {name: sum(row[name] for row in rows) / len(rows) for name in names}
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+        if self.trust:
+            means["guard_weight"] = sum(self.trust) / len(self.trust)
+        return means
 
     def synchronised(self) -> list[Tensor]:
         """Tensors that must be the same bits on all ranks: memories, potentials, statistics."""
@@ -161,46 +286,10 @@ class Distillation(nn.Module):
         Behind a projector ``g(z) = G z + b`` the head ``W`` is ``W G``, exactly.
         """
         target, projector = self.memories[number], self.projectors[number]
-        if not isinstance(projector, nn.Linear):
+        if not isinstance(projector, Projector):
             return target.head_weight, target.head_bias
-        matrix, offset = projector.weight.detach(), projector.bias.detach()
+        matrix, offset = projector.weight.detach().float(), projector.bias.detach().float()
         return target.head_weight @ matrix, target.head_bias + target.head_weight @ offset
 
     def _heads(self) -> list[tuple[Tensor, Tensor]]:
         return [self._head(number) for number in range(len(self.memories))]
-
-
-def place_for_own_space(width: int, targets: Sequence[MemoryTargets]) -> int | None:
-    """Which memory the student shares its feature space with: the first of its own width."""
-    widths = [target.feature_dim for target in targets]
-    return widths.index(width) if width in widths else None
-
-
-def shares_of(targets: Sequence[MemoryTargets]) -> Tensor:
-    """[M, C] weight of each of M memories for each class: equal parts among those that know it."""
-    known = torch.stack([target.shared_classes for target in targets]).float()
-    return known / known.sum(0).clamp(min=1.0)
-
-
-def make_projector(width: int, out: int) -> nn.Linear:
-    """From the student's features [., width] to a teacher's space [., out].
-
-    It starts as an isometry (Saxe et al. 2014), scaled so that features keep the mean
-    square of their entries, which the models' last LayerNorm sets to 1 on both sides.
-    """
-    linear = nn.Linear(width, out)
-    nn.init.orthogonal_(linear.weight, gain=math.sqrt(max(1.0, out / width)))
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-@torch.no_grad()
-def _transfer_head(model: Model, heads: list[tuple[Tensor, Tensor]], class_share: Tensor) -> None:
-    """Start the head as the teachers' where they know the class; a mean if several do."""
-    known = class_share.sum(0) > 0
-    weight = sum(
-        share.unsqueeze(1) * head for share, (head, _) in zip(class_share, heads, strict=True)
-    )
-    bias = sum(share * offset for share, (_, offset) in zip(class_share, heads, strict=True))
-    model.head.weight[known] = weight[known]
-    model.head.bias[known] = bias[known]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cmkd_scale import distributed
@@ -18,6 +20,16 @@ class Outgoing(NamedTuple):
     rows: Tensor | None
     """[b, D + 1] features and labels of the first samples, if statistics of the student are
     kept."""
+
+
+def joined(parts: Sequence[Outgoing], rows: int) -> Outgoing:
+    """What the parts of a batch have to say together; of samples the first ``rows``."""
+    if len(parts) == 1:
+        return parts[0]
+    kept = [part.rows for part in parts if part.rows is not None]
+    return Outgoing(
+        torch.stack([part.sums for part in parts]).sum(0), torch.cat(kept)[:rows] if kept else None
+    )
 
 
 class Exchange(NamedTuple):

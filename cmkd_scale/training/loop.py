@@ -3,65 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from cmkd_scale import distributed
 from cmkd_scale.config_sections import TrainConfig
-from cmkd_scale.errors import CmkdError, IntegrityError, PreemptedError
+from cmkd_scale.errors import CmkdError, IntegrityError, PreemptedError, UsageError
 from cmkd_scale.memory.checksum import checksum
 from cmkd_scale.records import Batch
-from cmkd_scale.training.checkpoint import Checkpoint, save_checkpoint
-from cmkd_scale.training.distillation import StepResult, Underway
-from cmkd_scale.training.engine import Engine
+from cmkd_scale.training.divergence import Divergence
+from cmkd_scale.training.engine import Engine, Stepped
 from cmkd_scale.training.preemption import Preemption
+from cmkd_scale.training.protocols import Loader, OrderLog, Sink
+from cmkd_scale.training.rank_times import RankTimes
+from cmkd_scale.training.saving import Saving
+from cmkd_scale.training.schedule import learning_rate_at
+from cmkd_scale.training.step_log import StepLog
+from cmkd_scale.training.watchdog import Watchdog
 
-
-class Loader(Protocol):
-    """An endless source of this rank's batches that knows where it stands."""
-
-    def batches(self) -> Iterator[Batch]:
-        """Endless batches from the place where the loader stands."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """Where the last delivered batch ended; the same on every rank."""
-        ...
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Stand where ``state`` says."""
-        ...
-
-    def epoch_progress(self) -> float:
-        """Position in the current epoch, 0 to 1."""
-        ...
-
-    def exchange(self) -> dict[str, float]:
-        """What went wrong with data on any rank since the last call; a collective call."""
-        ...
-
-
-class Sink(Protocol):
-    """Takes the values of a logged step; called on rank 0 only."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record ``values`` of step ``step``."""
-        ...
-
-
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine to zero at the last step (Loshchilov and Hutter 2017)."""
-    warmup = min(config.warmup_steps, config.steps - 1)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / (config.steps - warmup)
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+_log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -77,6 +42,8 @@ class Trainer:
         seed: int,
         constants: Mapping[str, Any],
         blobs: Mapping[str, bytes],
+        watchdog: Watchdog,
+        order_log: OrderLog | None = None,
     ) -> None:
         """Set up a run at step 0.
 
@@ -88,95 +55,177 @@ class Trainer:
             seed: of whatever is random in a step.
             constants: stored in each checkpoint's state, e.g. digests.
             blobs: files stored in each checkpoint as they are.
+            watchdog: told where the loop stands.
+            order_log: of the samples that are read, if they are wanted.
         """
         self.engine = engine
         self.loader = loader
         self.config = config
-        self.checkpoints = checkpoints
         self.seed = seed
         self.constants = dict(constants)
-        self.blobs = dict(blobs)
+        self.watchdog = watchdog
+        self.order_log = order_log
         self.step = 0
-        self._pending: dict[str, float] = {}
+        self.restarts = {"resume": 0, "rollback": 0}
+        """Of the whole run, by reason."""
+        self.log = StepLog(steps=config.steps, global_batch_size=config.global_batch_size)
+        self.divergence = Divergence(
+            max_skipped_steps=config.max_skipped_steps, explosion_factor=config.explosion_factor
+        )
+        self.rank_times = RankTimes()
+        self.saving = Saving(
+            checkpoints,
+            keep=config.keep_checkpoints,
+            max_failures=config.max_checkpoint_failures,
+            blobs=blobs,
+            log=self.log,
+        )
+        self._fault: CmkdError | None = None  # that ends the run at the next step
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue after the step at which ``checkpoint`` was written.
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Stand after the step of a checkpoint with this state; tensors are the engine's matter.
 
         Raises:
             IntegrityError: it was written by a run with another model, memory or config.
         """
         # Through JSON, as the checkpoint's state went: tuples have become lists.
         for name, value in json.loads(json.dumps(self.constants)).items():
-            if checkpoint.state.get(name) != value:
+            if state.get(name) != value:
                 raise IntegrityError(
-                    f"The checkpoint at step {checkpoint.state.get('step')} was written with "
-                    f"another {name.replace('_', ' ')} than this run has; restore what it was "
-                    "trained with, or start in a new run directory."
+                    f"The checkpoint at step {state.get('step')} was written with another "
+                    f"{name.replace('_', ' ')} than this run has; restore what it was trained "
+                    "with, or start in a new run directory."
                 )
-        self.engine.load_state(
-            checkpoint.files["model.safetensors"],
-            checkpoint.files["optimizer/state.safetensors"],
-        )
-        self.loader.load_state(checkpoint.state["loader"])
-        self.step = int(checkpoint.state["step"])
+        self.loader.load_state(state["loader"])
+        self.step = int(state["step"])
+        self.restarts.update(state.get("restarts", {}))
+        self.restarts["resume"] += 1
 
-    def run(self, make_sink: Callable[[int], Sink | None]) -> None:
+    def run(self, sink: Sink | None, preemption: Preemption) -> None:
         """Train to the last step.
 
         Args:
-            make_sink: called once with the step to resume from; None on ranks that don't log.
+            sink: takes logged steps; None on ranks that don't log.
+            preemption: watched between steps.
 
         Raises:
             PreemptedError: a signal asked for a stop; the state is saved.
-            CmkdError: the loss is no longer finite.
+            DivergedError: too many steps went wrong in a row.
+            CmkdError: the run cannot go on; the message says why.
         """
-        sink = make_sink(self.step)
-        with Preemption() as preemption:
-            batches = self.loader.batches() if self.step < self.config.steps else iter(())
-            clock = _Clock()
+        batches = self.loader.batches()
+        try:
             while self.step < self.config.steps:
-                clock.waiting()
-                batch = next(batches)
-                clock.computing()
-                learning_rate = learning_rate_at(self.step, self.config)
-                # Random numbers of a step depend on the seed and the step alone, so no
-                # generator state has to be saved to resume exactly.
-                torch.manual_seed(self.seed * 1_000_003 + self.step)
-                result, norm, underway = self.engine.step(
-                    batch.inputs,
-                    batch.labels,
-                    self.step,
-                    learning_rate=learning_rate,
-                    clip=self.config.gradient_clip_norm,
-                )
-                self._finish(underway)
-                self.step += 1
-                if self._due(self.config.check_ranks_every_steps):
-                    self._check_ranks(sink)
-                clock.steps += 1
-                if self._due(self.config.log_every_steps) or self.step == 1:
-                    values = self._values(result, norm, learning_rate, clock)
-                    if sink is not None:
-                        sink.log(self.step, values)
-                stop = preemption.agreed()
-                if stop or self._due(self.config.checkpoint_every_steps):
-                    self._refuse_divergence(result.loss, norm)
-                    self.save()
+                stepped = self._one(next_batch=lambda: next(batches))
+                stop = self._agree(stepped, preemption)
+                self._after(stepped, sink)
                 if stop:
-                    raise PreemptedError(
-                        f"Stopped by a signal after step {self.step}; the state is saved. Run the "
-                        "same command again to continue."
-                    )
+                    self._stop()
+            self._settle()
+        finally:
+            batches.close()  # ends workers
+            if self.order_log is not None:
+                self.order_log.close()
+            self.saving.wait()
 
-    def _finish(self, underway: Underway) -> None:
+    def _one(self, next_batch: Callable[[], Batch]) -> Stepped:
+        """One step, up to the exchange between ranks."""
+        self.watchdog.at("data", self.step)
+        self.log.clock.waiting()
+        batch = next_batch()
+        waited = self.log.clock.computing()
+        if self.order_log is not None:
+            self.order_log.log(self.step, batch.keys)
+        # Random numbers of a step depend on the seed and the step alone, so no generator state
+        # has to be saved to resume exactly.
+        torch.manual_seed(self.seed * 1_000_003 + self.step)
+        stepped = self.engine.step(
+            batch.inputs,
+            batch.labels,
+            self.step,
+            batch.beside,
+            learning_rate=learning_rate_at(self.step, self.config),
+            at=self.watchdog.at,
+        )
+        self.rank_times.add(waited + stepped.own_seconds)
+        self.watchdog.at("exchange", self.step)
+        self._finish(stepped)
+        self.step += 1
+        self.log.clock.steps += 1
+        return stepped
+
+    def _finish(self, stepped: Stepped) -> None:
         """Take in what all ranks say of the batch; how long that took, and how much it was."""
+        underway = stepped.underway
         if not underway.exchanges:
             return
         begun = time.perf_counter()
         underway.wait()
-        self._add("memory_sync_seconds", time.perf_counter() - begun)
-        self._add("memory_sync_bytes", underway.bytes_on_wire)
-        self.engine.module.finish_step(underway)
+        self.log.count_mean("memory_sync_seconds", time.perf_counter() - begun)
+        self.log.count("memory_sync_bytes", underway.bytes_on_wire)
+        if stepped.applied:  # else what was sent is not finite either
+            self.engine.module.finish_step(underway)
+
+    def _agree(self, stepped: Stepped, preemption: Preemption) -> bool:
+        """Whether all stop after this step because one was signalled; a collective call.
+
+        Raises:
+            DivergedError: on all ranks.
+            CmkdError: on all ranks: one cannot go on.
+        """
+        self.saving.look()
+        fault = self._fault or self.saving.fault
+        votes = torch.tensor(
+            [float(preemption.received), float(fault is not None), float(stepped.result.loss)],
+            dtype=torch.float64,
+        )
+        signalled, faults, loss = distributed.all_reduce_sum(votes).tolist()
+        if faults:
+            distributed.run_together(self._raise_fault)
+        if not stepped.applied:
+            self.log.count("steps_skipped", 1)
+            if distributed.is_main():
+                _log.warning("Step %d: the gradient is not finite; left out.", self.step)
+        mean = loss / distributed.world_size()
+        self.divergence.observe(self.step, mean, applied=stepped.applied)
+        return bool(signalled)
+
+    def _raise_fault(self) -> None:
+        fault = self._fault or self.saving.fault
+        if fault is not None:
+            raise fault
+
+    def _after(self, stepped: Stepped, sink: Sink | None) -> None:
+        """What is due after a step."""
+        if self._due(self.config.check_ranks_every_steps):
+            self._check_ranks(sink)
+        if self._due(self.config.log_every_steps) or self.step == 1:
+            self._log_step(stepped, sink)
+        if self._checkpoint_is_due():
+            self.save()
+
+    def _log_step(self, stepped: Stepped, sink: Sink | None) -> None:
+        self._exchange()
+        for name, value in self.rank_times.share().items():
+            self.log.set(name, value)
+        for reason, count in self.restarts.items():
+            self.log.set(f"restarts/{reason}", count)
+        values = self.log.values(self.step, stepped.result, stepped.norm)
+        values["learning_rate"] = stepped.learning_rate
+        values["epoch_progress"] = self.loader.epoch_progress()
+        values.update(self.engine.module.measures(stepped.result.step))
+        self._write_log(sink, values)
+
+    def _write_log(self, sink: Sink | None, values: Mapping[str, float]) -> None:
+        if sink is None:
+            return
+        try:
+            sink.log(self.step, values)
+        except OSError as error:
+            self._fault = UsageError(
+                f"The log of step {self.step} cannot be written: {error}. Free space and run the "
+                "same command again: it continues from the newest checkpoint."
+            )
 
     def _check_ranks(self, sink: Sink | None) -> None:
         """Stop all ranks when any holds another memory, other potentials or statistics.
@@ -189,8 +238,7 @@ class Trainer:
         sums = distributed.gather_integers(checksum(self.engine.module.synchronised()))
         others = [rank for rank, value in enumerate(sums) if value != sums[0]]
         if others:
-            if sink is not None:
-                sink.log(self.step, {"memory_rank_mismatches": float(len(others))})
+            self._write_log(sink, {"memory_rank_mismatches": float(len(others))})
             raise IntegrityError(
                 f"At step {self.step} the memory, potentials or statistics of rank "
                 f"{', '.join(map(str, others))} differ from those of rank 0, so the ranks no "
@@ -200,99 +248,47 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write a checkpoint from rank 0; all ranks wait until it is complete."""
-        begun = time.perf_counter()
+        """Begin a checkpoint; a collective call. Training may go on while rank 0 writes it."""
+        self.watchdog.at("checkpoint", self.step)
         self._exchange()  # what a checkpoint has passed must be on record
-        distributed.run_on_main(self._write)
-        self._pending["checkpoint_seconds"] = time.perf_counter() - begun
-
-    def _write(self) -> None:
         state = {
             "step": self.step,
             "samples_seen": self.step * self.config.global_batch_size,
             "loader": self.loader.state(),
+            "restarts": dict(self.restarts),  # written later, while this one goes on counting
             **self.constants,
         }
-        files = {
-            "model.safetensors": self.engine.model_state(),
-            "optimizer/state.safetensors": self.engine.optimizer_state(),
-        }
-        save_checkpoint(
-            self.checkpoints,
-            Checkpoint(state=state, files=files, blobs=self.blobs),
-            keep=self.config.keep_checkpoints,
+        self.saving.save(state, self.engine.state())
+
+    def _settle(self) -> None:
+        """Wait until all is on the disk; a collective call.
+
+        Raises:
+            UsageError: it could not be written.
+        """
+        self.saving.settle()
+        distributed.run_together(self._raise_fault)
+
+    def _stop(self) -> None:
+        """Save, and end the run until it is started again."""
+        if not self._checkpoint_is_due():  # else it was begun
+            self.save()
+        self._settle()
+        raise PreemptedError(
+            f"Stopped by a signal after step {self.step}; the state is saved. Run the same "
+            "command again to continue."
         )
 
-    def _refuse_divergence(self, loss: Tensor, norm: Tensor) -> None:
-        """Stop all ranks when loss or gradient of any is not finite, before it is saved."""
-        if distributed.any_rank(not bool(torch.isfinite(loss + norm))):
-            raise CmkdError(
-                f"Loss or gradient is no longer finite at step {self.step}. Earlier checkpoints "
-                "are untouched; lower train.learning_rate or train.gradient_clip_norm and start "
-                "again in a new run directory."
-            )
+    def _checkpoint_is_due(self) -> bool:
+        """After a step that went wrong there is none, so that a roll back leads behind it."""
+        last = self.step == self.config.steps
+        return self._due(self.config.checkpoint_every_steps) and (
+            last or not self.divergence.suspect
+        )
 
     def _exchange(self) -> None:
         for name, value in self.loader.exchange().items():
-            self._add(name, value)
-
-    def _add(self, name: str, value: float) -> None:
-        """Count up to the next logged step."""
-        self._pending[name] = self._pending.get(name, 0.0) + value
+            self.log.count(name, value)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
-
-    def _values(
-        self,
-        result: StepResult,
-        norm: Tensor,
-        learning_rate: float,
-        clock: _Clock,
-    ) -> dict[str, float]:
-        """What is logged of a step: losses are means over the global batch."""
-        names = ["loss", *(f"loss/{name}" for name in result.components)]
-        losses = torch.stack([result.loss.detach(), *result.components.values()]).double()
-        means = distributed.all_reduce_sum(losses) / distributed.world_size()
-        values = dict(zip(names, means.tolist(), strict=True))
-        self._refuse_divergence(result.loss, norm)
-        values["learning_rate"] = learning_rate
-        values["grad_norm"] = float(norm)
-        values.update(self.engine.module.measures(result.step))
-        values["samples_seen"] = float(self.step * self.config.global_batch_size)
-        values["epoch_progress"] = self.loader.epoch_progress()
-        self._exchange()
-        if "memory_sync_seconds" in self._pending:
-            self._pending["memory_sync_seconds"] /= clock.steps
-        values.update(clock.lap(self.config.global_batch_size))
-        values["eta_seconds"] = values["step_seconds"] * (self.config.steps - self.step)
-        # What happened between two logged steps is reported with the later one.
-        values.update(self._pending)
-        self._pending.clear()
-        return values
-
-
-class _Clock:
-    """Time of the steps since the last log line, and how much of it went into waiting."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._wait = 0.0
-        self._since = self._mark = time.perf_counter()
-
-    def waiting(self) -> None:
-        self._mark = time.perf_counter()
-
-    def computing(self) -> None:
-        self._wait += time.perf_counter() - self._mark
-
-    def lap(self, global_batch_size: int) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
-        values = {
-            "samples_per_second": self.steps * global_batch_size / seconds,
-            "step_seconds": seconds / self.steps,
-            "data_wait_seconds": self._wait,
-        }
-        self.steps, self._wait, self._since = 0, 0.0, now
-        return values

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
+from cmkd_scale.losses.moments import pooled_moments
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.memory.soft_labels import SoftLabels
 
 _ROWS = 4096  # soft labels are written out for so many prototypes at a time
 
 
-class MemoryBuffers(nn.Module):
+class MemoryBuffers(nn.Module, ABC):
     """A module whose buffers are computed from a memory by ``layout``."""
 
     def __init__(self, memory: PrototypeMemory) -> None:
@@ -21,9 +24,9 @@ class MemoryBuffers(nn.Module):
             # Not persistent: the memory has a file of its own, with a digest.
             self.register_buffer(name, value, persistent=False)
 
+    @abstractmethod
     def layout(self, memory: PrototypeMemory) -> dict[str, Tensor]:
         """The buffers by name."""
-        raise NotImplementedError
 
     def follow(self, memory: PrototypeMemory) -> None:
         """Take up the memory of the same teacher, moved: its prototypes keep their numbers."""
@@ -92,3 +95,25 @@ def class_soft_labels(memory: PrototypeMemory, shared: Tensor) -> Tensor:
         weighted = memory.prototype_mass[rows].unsqueeze(1) * soft.dense(shared)
         table.index_add_(0, memory.prototype_class[rows], weighted)
     return table
+
+
+def pooled_buffers(memory: PrototypeMemory) -> dict[str, Tensor]:
+    """Mean [D], covariance [D, D] and variance [D] of all features, classes in equal parts."""
+    known = (memory.class_kept > 0).float()
+    mean, covariance = pooled_moments(
+        memory.class_mean, memory.class_variance, memory.class_factor, known / known.sum()
+    )
+    return {
+        "teacher_mean": mean,
+        "teacher_covariance": covariance,
+        "teacher_variance": covariance.diagonal().clone(),
+    }
+
+
+def prototype_buffers(memory: PrototypeMemory) -> dict[str, Tensor]:
+    """The prototypes [J, D], their classes [J], and masses [J] with classes in equal parts."""
+    return {
+        "prototypes": memory.prototypes,
+        "prototype_class": memory.prototype_class,
+        "target_mass": memory.prototype_mass / memory.prototype_mass.sum(),
+    }

@@ -8,6 +8,7 @@ of the checkpoint. What a batch of all ranks says is exchanged while backward ru
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,23 @@ from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.memory.potentials import Potentials
 from cmkd_scale.memory.student_statistics import StudentStatistics
 from cmkd_scale.training.alignment_options import AlignmentOptions
-from cmkd_scale.training.exchange import Exchange, Outgoing
-from cmkd_scale.training.memory_buffers import MemoryBuffers, class_soft_labels
+from cmkd_scale.training.exchange import Exchange, Outgoing, joined
+from cmkd_scale.training.live_teacher import Values
+from cmkd_scale.training.memory_buffers import (
+    MemoryBuffers,
+    class_soft_labels,
+    pooled_buffers,
+    prototype_buffers,
+)
 from cmkd_scale.training.open_transport import OpenTransport
 from cmkd_scale.training.transports import ClassMaskedTransport, Moment
 
-Values = dict[str, Tensor | float | None]
-
 _TRANSPORTED = frozenset({"transported", "transported_soft_labels"})
+_THROUGH_FEATURES = frozenset(
+    {"transported", "bures", "teacher_logits", "projected", "unlabelled_projected"}
+)
+_POOLED = frozenset({"teacher_mean", "teacher_covariance", "teacher_variance"})
+_PROTOTYPES = frozenset({"prototypes", "prototype_class", "target_mass"})
 _ROWS = 512  # of the ring are moved at a time when potentials are refreshed
 _KEPT_ROWS = 256  # of a global batch at most go into ring and moments: what is sent is bounded
 _PRIOR_SAMPLES = 8.0  # that the teacher's moments of a class count for beside the student's
@@ -48,6 +58,12 @@ class MemoryTargets(MemoryBuffers):
             "teacher_head_weight",
             "class_share",
             "temperature",
+            "projected",
+            "unlabelled_projected",
+            "soft_label_table",
+            "share_of_class",
+            *_POOLED,
+            *_PROTOTYPES,
         }
     )
     """Values that losses may ask for."""
@@ -87,7 +103,7 @@ class MemoryTargets(MemoryBuffers):
         self.feature_dim = memory.feature_dim
         self.cost_scale = float(memory.cost_scale)
         self.moves = bool(needs & _TRANSPORTED)
-        self.reads_features = bool(needs & {"transported", "bures", "teacher_logits"})
+        self.reads_features = bool(needs & _THROUGH_FEATURES)
         """Whether a loss has a gradient through the features."""
         relaxation = options.mass_relaxation
         self.potentials = Potentials(
@@ -123,8 +139,12 @@ class MemoryTargets(MemoryBuffers):
             "head_weight": memory.head_weight,
             "head_bias": memory.head_bias,
         }
-        if "class_soft_labels" in self.needs:
+        if self.needs & {"class_soft_labels", "soft_label_table"}:
             buffers["class_soft_labels"] = class_soft_labels(memory, shared)
+        if self.needs & _POOLED:
+            buffers |= pooled_buffers(memory)
+        if self.needs & _PROTOTYPES:
+            buffers |= prototype_buffers(memory)
         return buffers
 
     def follow(self, memory: PrototypeMemory) -> None:
@@ -160,14 +180,26 @@ class MemoryTargets(MemoryBuffers):
         if "teacher_logits" in self.needs:
             logits = nn.functional.linear(features, self.head_weight, self.head_bias)
             values["teacher_logits"] = exclude_classes(logits, self.excluded)
+        if "soft_label_table" in self.needs:
+            values["soft_label_table"] = self.class_soft_labels
+            values["share_of_class"] = self.class_share
+        if "projected" in self.needs:
+            values["projected"] = features
+        for name in self.needs & (_POOLED | _PROTOTYPES):
+            values[name] = getattr(self, name)
         if "bures" in self.needs:
             values["bures"] = self._bures(features, labels)
         return values, Outgoing(
             self._move(features, labels, share, step, values), self._rows(features, labels)
         )
 
-    def start(self, outgoing: Outgoing) -> Exchange:
-        """Begin to exchange what the batches of all ranks have to say; a collective call."""
+    def start(self, parts: Sequence[Outgoing]) -> Exchange:
+        """Begin to exchange what the batches of all ranks have to say; a collective call.
+
+        Args:
+            parts: of this rank's batch, one for each part that gradients are accumulated over.
+        """
+        outgoing = joined(parts, self._kept_rows())
         sums = distributed.start_all_reduce_sum(outgoing.sums)
         rows = None if outgoing.rows is None else distributed.start_gather(outgoing.rows)
         return Exchange(sums, rows)
@@ -244,9 +276,14 @@ class MemoryTargets(MemoryBuffers):
     def _rows(self, features: Tensor, labels: Tensor) -> Tensor | None:
         if self.statistics is None:
             return None
-        first = slice(-(-_KEPT_ROWS // distributed.world_size()))
+        first = slice(self._kept_rows())
         kept = features.detach()[first]
         return torch.cat([kept, labels[first].unsqueeze(1).to(kept.dtype)], dim=1)
+
+    @staticmethod
+    def _kept_rows() -> int:
+        """Of this rank."""
+        return -(-_KEPT_ROWS // distributed.world_size())
 
     def _bures(self, features: Tensor, labels: Tensor) -> Tensor:
         assert self.statistics is not None

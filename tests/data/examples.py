@@ -54,3 +54,38 @@ def build_toy(
     return build(
         Toy(count, classes), out, modality="text", split=split, samples_per_shard=per_shard
     )
+
+
+PAIRS = 4
+"""Letters on each side of a class of ``pairs``."""
+
+
+class PairsSplit:
+    """Texts of 16 classes that share their halves, as two-digit numbers do."""
+
+    label_names = tuple(f"{i}{j}" for i in range(PAIRS) for j in range(PAIRS))
+    options: Mapping[str, JsonValue] = {}
+
+    def __init__(self, split: str, count: int) -> None:
+        self.split, self.count = split, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        label = index % PAIRS**2
+        first, second = divmod(label, PAIRS)
+        text = f"{index % 7}" + 6 * chr(ord("a") + first) + 6 * chr(ord("k") + second)
+        members = {"txt": text.encode(), "cls": str(label).encode()}
+        return Sample(key=f"pairs-{self.split}-{index:05d}", label=label, members=members)
+
+
+class Pairs:
+    """The data set ``pairs`` with one modality."""
+
+    name = "pairs"
+    modalities = ("text",)
+    splits = ("train", "validation", "test")
+
+    def open(self, modality: str, split: str) -> PairsSplit:
+        return PairsSplit(split, 160 if split == "train" else 32)

@@ -64,7 +64,7 @@ def first_batch(reader: SampleReader, split: FuzzSplit, quarantine: Quarantine) 
         augment=False,
         quarantine=quarantine,
     )
-    with contextlib.closing(loader.batches()) as batches:  # type: ignore[type-var]
+    with contextlib.closing(loader.batches()) as batches:
         return next(batches)
 
 

@@ -84,7 +84,7 @@ def test_the_state_is_that_of_the_last_delivered_batch(reader: SampleReader) -> 
     batches = loader.batches()
     first = [next(batches).keys, next(batches).keys]
     state = loader.state()
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert (state["epoch"], state["position"]) == (0, 24)
     resumed = make(reader)
     resumed.load_state(state)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cmkd_scale.data.sampling import Labels, Natural, Sampling, Weighted, choose, quotas
+from cmkd_scale.data.sampling import Labels, Natural, Sampling, Weighted, at_most, choose, quotas
 from cmkd_scale.errors import UsageError
 
 LABELS = st.lists(st.integers(0, 5), min_size=1, max_size=120).map(
@@ -198,3 +198,16 @@ def test_a_choice_of_nothing_is_refused() -> None:
         choose(np.zeros(3, dtype=np.int32), classes=1, which="unlabelled")
     with pytest.raises(UsageError, match="This split is empty"):
         choose(without[:0], classes=2, which="all")
+
+
+@given(labels=LABELS, most=st.integers(1, 9), seed=st.integers(0, 9))
+def test_of_each_class_there_are_so_many_at_most(
+    labels: NDArray[np.int32], most: int, seed: int
+) -> None:
+    places = np.flatnonzero(labels != 3)
+    found = at_most(labels, places, most, seed)
+    assert set(found) <= set(places)
+    assert (np.diff(found) > 0).all()
+    there, chosen = Counter(labels[places].tolist()), Counter(labels[found].tolist())
+    assert chosen == {label: min(count, most) for label, count in there.items()}
+    np.testing.assert_array_equal(found, at_most(labels, places, most, seed))

@@ -9,7 +9,12 @@ import torch
 from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.alignment import align_to_student
 from cmkd_scale.memory.bank import PrototypeMemory
-from cmkd_scale.memory.controls import apply_control, permuted_teacher, random_teacher
+from cmkd_scale.memory.controls import (
+    apply_control,
+    orthogonal_teacher,
+    permuted_teacher,
+    random_teacher,
+)
 from cmkd_scale.memory.soft_labels import SoftLabels, compress
 from tests.memory.examples import build_from, example_memory, teacher_data
 
@@ -133,6 +138,33 @@ def test_the_random_teachers_soft_labels_are_its_heads_and_as_long_as_the_memory
         )
         assert found.values.shape == soft.values.shape
         torch.testing.assert_close(found.dense(everything), compress(says, keep).dense(everything))
+
+
+def test_to_the_orthogonal_teacher_all_classes_are_equally_unlike() -> None:
+    memory = example_memory()
+    made = orthogonal_teacher(memory, seed=3)
+    means = made.class_mean.double() - memory.class_mean.double().mean(0)
+    products = means @ means.T
+    radius = (memory.class_mean - memory.class_mean.mean(0)).norm(dim=1).mean().double()
+    expected = torch.eye(len(means), dtype=torch.float64) * radius**2
+    torch.testing.assert_close(products, expected, atol=1e-4, rtol=1e-4)
+    # It is sure of its classes: its head says each prototype's own.
+    logits = made.prototypes @ made.head_weight.T + made.head_bias
+    assert torch.equal(logits.argmax(1), made.prototype_class)
+    norms = torch.stack([made.head_weight.norm(), memory.head_weight.norm()])
+    assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-5)
+    torch.testing.assert_close(made.class_count, memory.class_count)
+    assert orthogonal_teacher(memory, seed=3).digest() == made.digest()
+    assert apply_control(memory, "orthogonal", 3).digest() == made.digest()
+
+
+def test_more_classes_than_dimensions_are_as_unlike_as_may_be() -> None:
+    features, labels, weight, bias = teacher_data()
+    narrow = build_from(features[:, :3], labels, weight[:, :3], bias)
+    made = orthogonal_teacher(narrow, seed=0)
+    lengths = (made.class_mean - narrow.class_mean.mean(0)).norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(len(lengths)))
+    assert torch.isfinite(made.prototypes).all()
 
 
 def test_no_control_is_the_memory_itself() -> None:

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmkd_scale.memory import soft_labels
-from cmkd_scale.memory.soft_labels import compress, concatenate, head_says, mean_probabilities
+from cmkd_scale.memory.soft_labels import (
+    class_soft_labels,
+    compress,
+    concatenate,
+    head_says,
+    mean_probabilities,
+)
+from tests.memory.examples import example_memory
 
 
 def probabilities(count: int, classes: int, seed: int = 0) -> torch.Tensor:
@@ -106,3 +113,15 @@ def test_mean_probabilities_against_float64_for_any_number_of_rows_at_a_time(
     for prototype in range(3):
         expected = exact[assignment == prototype].mean(0).float()
         torch.testing.assert_close(found[prototype], expected, atol=1e-6, rtol=0)
+
+
+def test_soft_labels_of_classes_are_means_over_their_samples() -> None:
+    memory = example_memory()
+    chosen = torch.tensor([1, 2, 5])
+    found = class_soft_labels(memory, chosen)
+    for row, label in zip(found, chosen.tolist(), strict=True):
+        expected = torch.zeros(6)
+        for j in (memory.prototype_class == label).nonzero()[:, 0].tolist():
+            expected += memory.prototype_mass[j] * memory.soft_label_values[j]  # nothing is cut
+        torch.testing.assert_close(row, expected[chosen] / expected[chosen].sum())
+    torch.testing.assert_close(found.sum(1), torch.ones(3))

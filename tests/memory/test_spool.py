@@ -249,7 +249,8 @@ with tempfile.TemporaryDirectory() as directory:
         Spool(8, Path(directory)).take_up(still_missing)
     except CmkdError as error:
         print(f"code {error.exit_code}\\n", end="", flush=True)
-dist.destroy_process_group()
+distributed.leave()
+distributed.end(0)
 """
 
 

@@ -222,9 +222,12 @@ class TestPrometheus:
             },
         )
         exporter.log(120, {"loss": 2.0, "samples_seen": 15360.0, "data_wait_seconds": 0.5})
-        exporter.log(120, {"checkpoint_seconds": 1.5})
+        exporter.log(120, {"checkpoint_seconds": 1.5, "restarts/resume": 3, "restarts/rollback": 1})
+        exporter.log(130, {"restarts/resume": 3, "restarts/rollback": 2})
         seen = scrape(exporter)
-        assert seen["cmkd_train_step"] == 120
+        assert seen["cmkd_train_step"] == 130
+        assert seen["cmkd_restarts_total{reason=resume}"] == 3
+        assert seen["cmkd_restarts_total{reason=rollback}"] == 2
         assert seen["cmkd_train_last_step_timestamp_seconds"] == 1234.5
         assert seen["cmkd_train_samples_total{modality=audio}"] == 15360
         assert seen["cmkd_train_loss{component=total}"] == 2.0
@@ -258,6 +261,7 @@ class TestPrometheus:
             {
                 **dict.fromkeys(plain, 1.0),
                 "loss/any": 1.0,
+                "restarts/any": 1.0,
                 "samples_skipped/any": 1.0,
                 "alignment_distance/any": 1.0,
             },

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from cmkd_scale.cli import main
+from cmkd_scale.cli import program
 from cmkd_scale.memory import spool
 
 rank, parts = os.environ.get("RANK", "0"), 0
@@ -21,4 +21,4 @@ def flush(self: spool.Spool) -> None:
 
 spool.PART_BATCHES = 1
 spool.Spool.flush = flush  # type: ignore[method-assign]
-raise SystemExit(main(sys.argv[3:]))
+program(sys.argv[3:])

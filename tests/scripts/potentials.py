@@ -25,5 +25,5 @@ for _ in range(5):
     sent = potentials.sent_within_classes(plan[mine], columns[mine], labels[mine], share)
     potentials.update(distributed.all_reduce_sum(sent), within_classes=True)
 print(",".join(f"{value:.9f}" for value in potentials.value.tolist()) + "\n", end="", flush=True)
-if distributed.is_initialized():
-    dist.destroy_process_group()
+distributed.leave()
+distributed.end(0)

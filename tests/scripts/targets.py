@@ -40,7 +40,7 @@ def run(options: AlignmentOptions) -> tuple[MemoryTargets, float, float]:
         # As the loader does: position p of the global batch belongs to rank p mod W.
         mine = slice(rank, None, world)
         _, outgoing = targets(features[mine], labels[mine], step)
-        exchange = targets.start(outgoing)
+        exchange = targets.start([outgoing])
         torch.randn(200, 200) @ torch.randn(200, 200)  # work in between
         targets.finish(exchange, step)
         sent += exchange.bytes_on_wire
@@ -68,5 +68,5 @@ for name, options in CASES.items():
     sums.append(checksum(targets.buffers()))
 result = {"cases": found, "checksum": str(sums), "bytes": sent, "formula": formula}
 print(json.dumps(result) + "\n", end="", flush=True)
-if distributed.is_initialized():
-    dist.destroy_process_group()
+distributed.leave()
+distributed.end(0)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from cmkd_scale.config import Config, make_config
+from cmkd_scale.data.build import build
 from cmkd_scale.stages.build_memory import memory
 from cmkd_scale.stages.teacher import teacher
-from tests.data.examples import build_toy
+from tests.data.examples import Pairs, build_toy
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Story:
             "data": {"shards": str(self.shards)},
             "model": {"width": 16, "feature_dim": 8},
             "memory": {"run": str(self.memory)},
+            # Four classes are too few for the guard, which would leave the teacher out.
+            "method": {"guard": False},
             "train": {
                 "steps": 12,
                 "global_batch_size": 12,
@@ -72,3 +75,46 @@ def own_story(story: Story, tmp_path: Path) -> Story:
     """A copy that a test may damage."""
     shutil.copytree(story.root, tmp_path / "own")
     return Story(tmp_path / "own")
+
+
+@dataclass(frozen=True)
+class PairsStory:
+    """Shards of ``pairs``, a teacher's run and a memory's run: classes with a structure."""
+
+    root: Path
+
+    @property
+    def memory(self) -> Path:
+        return self.root / "memory"
+
+    def tree(self, run: Path, method: dict[str, Any], steps: int = 20) -> dict[str, Any]:
+        """The config of a small run, guarded if the method is."""
+        return {
+            "run": {"dir": str(run)},
+            "data": {"shards": str(self.root / "shards"), "augment": False},
+            "model": {"width": 16, "feature_dim": 16},
+            "memory": {"run": str(self.memory)},
+            "method": method,
+            "train": {
+                "steps": steps,
+                "global_batch_size": 32,
+                "warmup_steps": 2,
+                "log_every_steps": 1,
+                "checkpoint_every_steps": 4,
+            },
+        }
+
+    def config(self, run: Path, method: dict[str, Any], steps: int = 20) -> Config:
+        """The same, validated."""
+        return make_config(self.tree(run, method, steps))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairsStory:
+    made = PairsStory(tmp_path_factory.mktemp("pairs"))
+    for split in Pairs.splits:
+        build(Pairs(), made.root / "shards", modality="text", split=split, samples_per_shard=64)
+    run = made.root / "teacher"
+    teacher(made.config(run, {}, steps=120), console=False)
+    memory(make_config({"run": {"dir": str(made.memory)}, "teacher": {"run": str(run)}}))
+    return made

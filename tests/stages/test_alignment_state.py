@@ -22,8 +22,8 @@ import os, sys
 if os.environ["RANK"] == "1":
     {}
 else:
-    from cmkd_scale.cli import main
-    raise SystemExit(main(sys.argv[3:]))
+    from cmkd_scale.cli import program
+    program(sys.argv[3:])
 """
 
 SPOIL = """
@@ -32,14 +32,14 @@ from cmkd_scale.training import loop
 
 step, real = int(sys.argv[2]), loop.Trainer._finish
 
-def spoiled(self, underway):
-    real(self, underway)
-    if underway.step == step:
+def spoiled(self, stepped):
+    real(self, stepped)
+    if stepped.underway.step == step:
         self.engine.module.memories[0].potentials.value[0] += 1e-6
 
 loop.Trainer._finish = spoiled
-from cmkd_scale.cli import main
-raise SystemExit(main(sys.argv[3:]))
+from cmkd_scale.cli import program
+program(sys.argv[3:])
 """
 
 

@@ -317,12 +317,12 @@ def test_a_memory_may_follow_that_of_an_earlier_teacher(
 
 ONE_RANK = """
 import os, signal, sys
-from cmkd_scale.cli import main
+from cmkd_scale.cli import program
 from cmkd_scale.memory import spool
 from cmkd_scale.memory.spool_part import Part
-from cmkd_scale.stages import teacher_pass
+from cmkd_scale.stages import meetings
 
-teacher_pass.MEETING_BATCHES = 2
+meetings.MEETING_BATCHES = 2
 real, seen = spool.Spool.add, []
 
 def full(*given):
@@ -340,7 +340,7 @@ def add(self, batch):
     real(self, batch)
 
 spool.Spool.add = add
-raise SystemExit(main(sys.argv[2:]))
+program(sys.argv[2:])
 """
 
 

@@ -19,8 +19,8 @@ COMPARED = [f"test/{name}_accuracy" for name in ("nearest_prototype", "knn", "te
 WITHOUT_FAISS = """
 import sys
 sys.modules["faiss"] = None
-from cmkd_scale.cli import main
-raise SystemExit(main(sys.argv[1:]))
+from cmkd_scale.cli import program
+program()
 """
 
 
@@ -59,3 +59,27 @@ def test_each_rank_searches_its_own_samples(
     monkeypatch.setattr(module, "gather_sorted", everything)
     evaluate(story.config(tmp_path / "run"))
     assert seen == [30, "gathered"]
+
+
+def test_the_error_bound_is_measured_beside_each_memory(story: Story, tmp_path: Path) -> None:
+    memories = {"run": [str(story.memory), str(story.memory)]}
+    metrics = student(story.config(tmp_path, memory=memories), console=False)["metrics"]
+    assert len(metrics["bound"]) == 2
+    for bound in metrics["bound"]:
+        terms = ("teacher_term", "label_gap", "transfer_gap")
+        risk = bound["risk"]["value"]
+        assert sum(bound[term]["value"] for term in terms) == pytest.approx(risk, abs=1e-6)
+        assert risk == pytest.approx(metrics["test/cross_entropy"], abs=1e-6)
+        for distance in bound["bounds"].values():
+            assert distance["value"] >= abs(bound["transfer_gap"]["value"])
+        assert set(bound["per_class"]) == {f"class {label}" for label in range(4)}
+        assert bound["samples"] == metrics["test/samples"]
+
+
+def test_of_a_large_split_a_part_says_what_the_bound_is(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BOUND_SAMPLES", 12)
+    metrics = student(story.config(tmp_path), console=False)["metrics"]
+    assert metrics["test/samples"] == 30
+    assert metrics["bound"][0]["samples"] == 10

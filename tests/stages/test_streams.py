@@ -120,7 +120,8 @@ for allowed in (0.05, 0.04):
     except IntegrityError:
         line = "refused"
     print(line + "\\n", end="", flush=True)
-dist.destroy_process_group()
+distributed.leave()
+distributed.end(0)
 """
 
 

@@ -1,22 +1,33 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from cmkd_scale.losses import LOSSES
+from cmkd_scale.data.companions import (
+    TEACHER_INPUTS,
+    TEACHER_LABELS,
+    UNLABELLED,
+    UNLABELLED_WEAK,
+)
+from cmkd_scale.losses import LOSSES, Sizes
 from cmkd_scale.memory.alignment import align_to_student
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.models.model import Model
 from cmkd_scale.training.alignment_options import AlignmentOptions
-from cmkd_scale.training.distillation import Distillation, make_projector
-from cmkd_scale.training.methods import METHODS, resolve_method
+from cmkd_scale.training.distillation import Distillation
+from cmkd_scale.training.live_teacher import LiveTeacher
+from cmkd_scale.training.method_checks import resolve_method
+from cmkd_scale.training.methods import METHODS
+from cmkd_scale.training.projectors import make_projector
 from cmkd_scale.training.targets import MemoryTargets
 from tests.memory.examples import example_memory
 
 BATCH, INPUT, CLASSES, DIM = 12, 10, 6, 8
+NAMES = tuple(f"class {i}" for i in range(CLASSES))
 
 
 class Encoder(nn.Module):
@@ -31,19 +42,35 @@ class Encoder(nn.Module):
         return pooled, (pooled,)
 
 
+def network(dim: int = DIM) -> Model:
+    return Model(Encoder(), encoder_dim=16, feature_dim=dim, classes=CLASSES)
+
+
 def make(
-    name: str, *memories: PrototypeMemory, dim: int = DIM, weights: dict[str, float] | None = None
+    name: str,
+    *memories: PrototypeMemory,
+    dim: int = DIM,
+    weights: dict[str, float] | None = None,
+    trust: Sequence[float] = (),
 ) -> Distillation:
     torch.manual_seed(0)
-    model = Model(Encoder(), encoder_dim=16, feature_dim=dim, classes=CLASSES)
+    model = network(dim)
     method = resolve_method(name, weights or {})
+    if method.live:
+        return Distillation(
+            model,
+            method,
+            live=LiveTeacher(network(), NAMES, NAMES, learns=method.trains_teacher),
+            cohort=[network(dim) for _ in range(1, method.students)],
+            sizes=Sizes(CLASSES, dim, DIM, (16,), (16,)),
+        )
     if not method.needs_memory:
         return Distillation(model, method)
     targets = [
         MemoryTargets(memory, steps=10, options=AlignmentOptions(), needs=method.needs)
         for memory in memories or (example_memory(),)
     ]
-    return Distillation(model, method, targets)
+    return Distillation(model, method, targets, trust=trust)
 
 
 def trained_weights(name: str) -> set[str]:
@@ -56,10 +83,18 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, torch.randint(CLASSES, (BATCH,), generator=generator)
 
 
+def beside() -> dict[str, torch.Tensor]:
+    """What a step may read beside its batch."""
+    generator = torch.Generator().manual_seed(2)
+    names = (TEACHER_INPUTS, UNLABELLED, UNLABELLED_WEAK)
+    inputs = {name: torch.randn(BATCH, INPUT, generator=generator) for name in names}
+    return {**inputs, TEACHER_LABELS: batch()[1]}
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_loss_is_the_sum_of_its_components(name: str) -> None:
     module = make(name)
-    result = module(*batch(), 0)
+    result = module(*batch(), 0, beside())
     assert set(result.components) == trained_weights(name)
     assert result.loss.item() == pytest.approx(sum(map(float, result.components.values())))
     result.loss.backward()
@@ -72,7 +107,68 @@ def test_the_loss_is_the_sum_of_its_components(name: str) -> None:
 def test_only_the_student_is_trained(name: str) -> None:
     module = make(name)
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
-    assert all(key.startswith("model.") for key in trained)
+    parts = {key.partition(".")[0] for key in trained}
+    method = METHODS[name]
+    assert parts - {"parts"} == {
+        "model",
+        *(["cohort"] if method.students > 1 else []),
+        *(["live"] if method.trains_teacher else []),
+    }
+    assert ("parts" in parts) == (name in ("c2kd", "norm", "review_kd"))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(METHODS) if METHODS[name].live])
+def test_a_teacher_runs_beside_the_student_and_is_no_part_of_it(name: str) -> None:
+    module = make(name)
+    held = [key for key in module.state_dict() if key.startswith("live.")]
+    assert bool(held) == METHODS[name].trains_teacher
+    before = beside()[TEACHER_INPUTS].clone()
+    module(*batch(), 0, beside()).loss.backward()
+    assert module.live is not None
+    for teacher in module.live._frozen:
+        assert not teacher.training
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert torch.equal(before, beside()[TEACHER_INPUTS])
+
+
+def test_trust_scales_every_term_of_a_teacher() -> None:
+    full, half, none = (
+        make("ucmkd_global", trust=[trust])(*batch(), 0).components for trust in (1.0, 0.5, 0.0)
+    )
+    for name in full:
+        if name == "smoothed_cross_entropy":
+            continue
+        # The first step's plan does not depend on trust: potentials are zero.
+        torch.testing.assert_close(half[name], 0.5 * full[name])
+        assert none[name] == 0.0
+
+
+@pytest.mark.parametrize("name", ["coral", "mmd", "kd_memory", "robust_cmkd", "socket"])
+def test_without_trust_no_row_of_a_memory_learns_from_it(name: str) -> None:
+    none = make(name, trust=[0.0])(*batch(), 0, beside()).components
+    full = make(name, trust=[1.0])(*batch(), 0, beside()).components
+    own = {"smoothed_cross_entropy", "information_maximisation", "centroid_pseudo_label"}
+    for component in set(full) - own:
+        assert none[component] == 0.0
+        assert full[component] > 0.0
+
+
+def test_a_teacher_without_trust_leaves_the_student_to_its_labels() -> None:
+    guarded, plain = make("ucmkd_global", trust=[0.0]), make("ce_ls")
+    for module in (guarded, plain):
+        module(*batch(), 0).loss.backward()
+    for ours, theirs in zip(guarded.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+
+
+def test_trust_is_shared_out_between_teachers() -> None:
+    module = make("ucmkd_global", example_memory(), example_memory(), trust=[0.75, 0.25])
+    torch.testing.assert_close(
+        module.class_share, torch.tensor([[0.5625], [0.1875]]).expand(2, CLASSES)
+    )
+    one = make("ucmkd_global", example_memory(), example_memory(), trust=[1.0, 0.0])
+    torch.testing.assert_close(one.class_share, torch.tensor([[1.0], [0.0]]).expand(2, CLASSES))
 
 
 def test_components_against_their_definitions() -> None:
@@ -148,7 +244,7 @@ def test_finishing_a_step_moves_potentials_and_statistics() -> None:
     module = make("ucmkd_global")
     (targets,) = module.memories
     before = targets.potentials.value.clone()
-    module.finish_step(module.start_step(module(*batch(), 0)))
+    module.finish_step(module.start_step([module(*batch(), 0)]))
     measures = module.measures(0)
     assert 0 < float(measures["alignment_marginal_error"]) < 2
     assert float(measures["alignment_distance/transport"]) > 0
@@ -157,7 +253,7 @@ def test_finishing_a_step_moves_potentials_and_statistics() -> None:
     assert targets.statistics is not None
     assert len(targets.statistics.recent()[0]) == BATCH
     without = make("ce")
-    without.finish_step(without.start_step(without(*batch(), 0)))
+    without.finish_step(without.start_step([without(*batch(), 0)]))
     assert without.measures(0) == {}
 
 
@@ -247,7 +343,7 @@ def test_the_gaussian_distance_trains_once_there_are_moments() -> None:
     first = module(inputs, labels, 0)
     assert float(first.components["class_bures"]) == pytest.approx(0.0, abs=1e-6)
     for step in range(3):
-        module.finish_step(module.start_step(module(inputs, labels, step)))
+        module.finish_step(module.start_step([module(inputs, labels, step)]))
     later = module(inputs, labels, 3)
     assert float(later.components["class_bures"]) > 0.1
 

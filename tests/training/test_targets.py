@@ -49,7 +49,7 @@ def run(
     for step in range(steps):
         place = torch.arange(256 * step, 256 * (step + 1)) % len(labels)
         _, outgoing = targets(features[place], labels[place], step)
-        targets.finish(targets.start(outgoing), step)
+        targets.finish(targets.start([outgoing]), step)
         rows.append(targets.measures(step))
     return targets, {name: sum(row[name] for row in rows[-30:]) / 30 for name in rows[0]}
 
@@ -89,7 +89,7 @@ def test_potentials_place_mass_better_than_none_at_the_usual_batch(transport: Ki
         for step in range(500):
             rows = torch.arange(64 * step, 64 * (step + 1)) % len(labels)
             _, outgoing = targets(features[rows], labels[rows], step)
-            targets.finish(targets.start(outgoing), step)
+            targets.finish(targets.start([outgoing]), step)
         assert targets.transport is not None
         everything = torch.ones(len(labels))
         moved = targets.transport.move(features, labels, everything, targets.potentials, at)
@@ -146,7 +146,7 @@ def test_a_run_that_searches_goes_on_with_the_same_candidates() -> None:
                 targets.load_state_dict(saved)
             rows = torch.arange(64 * step, 64 * (step + 1))
             _, outgoing = targets(features[rows], labels[rows], step)
-            targets.finish(targets.start(outgoing), step)
+            targets.finish(targets.start([outgoing]), step)
         ends.append(targets.state_dict())
     for name, value in ends[0].items():
         assert torch.equal(value, ends[1][name]), name
@@ -170,7 +170,7 @@ def test_debiasing_subtracts_once_the_ring_holds_features() -> None:
         for step in range(2):
             rows = slice(512 * step, 512 * (step + 1))
             values, outgoing = targets(features[rows], labels[rows], step)
-            targets.finish(targets.start(outgoing), step)
+            targets.finish(targets.start([outgoing]), step)
             costs.append(values["transported"])
     first, second, first_debiased, second_debiased = costs
     assert torch.equal(torch.as_tensor(first), torch.as_tensor(first_debiased))

@@ -22,11 +22,14 @@ from torch import Tensor
 from cmkd_scale.losses.sinkhorn import pairwise_distance
 from cmkd_scale.losses.transport_solver import sinkhorn
 from cmkd_scale.memory.bank import PrototypeMemory
-from cmkd_scale.stages import train
+from cmkd_scale.stages import through_faults
 from cmkd_scale.stages.common import load_trained, open_split_for, start_engine
 from cmkd_scale.stages.evaluate import infer
 from cmkd_scale.stages.streams import open_quarantine
-from cmkd_scale.training.targets import MemoryTargets, Values
+from cmkd_scale.training.live_teacher import Values
+from cmkd_scale.training.preemption import Preemption
+from cmkd_scale.training.targets import MemoryTargets
+from cmkd_scale.training.watchdog import Watchdog
 
 TEACHER_BATCH = 64
 EPSILON = 0.1
@@ -99,9 +102,15 @@ def teacher_features(run: Path, file: Path) -> TeacherFeatures:
         data = open_split_for(trained, trained.config, trained.config.data.train_split)
         quarantine = open_quarantine(file.parent, data, data.max_bad_fraction, len(data.labelled()))
         device = start_engine(trained.config).device
-        _, labels, features, _ = infer(
-            trained.model.to(device), data, device, quarantine=quarantine
-        )
+        with Preemption() as preemption, Watchdog(0, directory=file.parent) as watchdog:
+            _, labels, features, _ = infer(
+                trained.model.to(device),
+                data,
+                device,
+                quarantine=quarantine,
+                preemption=preemption,
+                watchdog=watchdog,
+            )
         save_file({"features": features, "labels": labels}, file)
     return TeacherFeatures(**load_file(file))
 
@@ -109,5 +118,5 @@ def teacher_features(run: Path, file: Path) -> TeacherFeatures:
 @contextmanager
 def minibatch_transport(taught: TeacherFeatures) -> Iterator[None]:
     """Students that are trained inside move to minibatches of ``taught``."""
-    with patch.object(train, "MemoryTargets", partial(MinibatchTargets, taught=taught)):
+    with patch.object(through_faults, "MemoryTargets", partial(MinibatchTargets, taught=taught)):
         yield

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cmkd_scale.config_sections import MethodConfig
-from cmkd_scale.training.methods import METHODS, Method
+from cmkd_scale.training.method import Method
+from cmkd_scale.training.methods import METHODS
 
 RULE = "rule"
 """The memory whose number of prototypes follows from the class's count."""

@@ -8,7 +8,7 @@ a permutation of the seed's. Validation and test are those of the quickstart.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,17 @@ class Part:
         return self.whole[self.places[i]]
 
 
+def cut_down(whole: Split, wanted: Sequence[int], recorded: Mapping[str, JsonValue]) -> Part:
+    """The first ``wanted[label]`` samples of each class, in the order of the whole."""
+    places, taken = [], Counter[int]()
+    for place in range(len(whole)):
+        label = whole[place].label
+        if taken[label] < wanted[label]:
+            taken[label] += 1
+            places.append(place)
+    return Part(whole, places, {**whole.options, **recorded})
+
+
 @dataclass(frozen=True, slots=True)
 class ShiftedNumbers:
     """``numbers``, its training split cut down to ``shifted_counts``."""
@@ -76,13 +87,7 @@ class ShiftedNumbers:
         if split != "train":
             return whole
         wanted = shifted_counts(len(whole.label_names), self.seed)
-        places, taken = [], Counter[int]()
-        for place in range(len(whole)):
-            label = whole[place].label
-            if taken[label] < wanted[label]:
-                taken[label] += 1
-                places.append(place)
-        return Part(whole, places, {**whole.options, "label_shift_seed": self.seed})
+        return cut_down(whole, wanted, {"label_shift_seed": self.seed})
 
 
 def build_shifted(root: Path, source: Path | None, counts: Mapping[str, int], seed: int) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cmkd_scale.losses import LOSSES, STUDENT_PROVIDES
+from cmkd_scale.losses import LOSSES, OWN_VALUES
 from cmkd_scale.losses.classification import smoothed_cross_entropy
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.training.alignment_options import AlignmentOptions
@@ -69,7 +69,7 @@ class Alignment:
         self.weights = weights
         needs = {value for name in weights for value in LOSSES[name].needs.values()}
         self.targets = MemoryTargets(
-            memory, steps=1, options=options, needs=frozenset(needs - STUDENT_PROVIDES)
+            memory, steps=1, options=options, needs=frozenset(needs - OWN_VALUES)
         )
         spread = torch.randn(len(memory.prototypes), generator=torch.Generator().manual_seed(4))
         self.potentials = POTENTIAL_SPREAD * spread
@@ -110,7 +110,7 @@ class Alignment:
             needs = LOSSES[name].needs.items()
             given = {argument: values[value] for argument, value in needs}
             terms.append(weight * LOSSES[name].function(**given))
-        exchange = self.targets.start(outgoing)
+        exchange = self.targets.start([outgoing])
         self.bytes_on_wire = exchange.bytes_on_wire
         torch.stack(terms).sum().backward()
         self._head.grad = self._logits.grad = None

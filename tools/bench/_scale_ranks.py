@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist  # noqa: TID251
@@ -26,8 +26,8 @@ FOLLOWED_STEPS = 20
 _RATE = 0.5  # of the student that follows
 
 
-def work(setting: Setting, rounds: int, file: Path) -> None:
-    """What each rank does; rank 0 writes the table and the potentials."""
+def work(setting: Setting, rounds: int, file: Path) -> NoReturn:
+    """What each rank does, to its end; rank 0 writes the table and the potentials."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found = {
@@ -36,7 +36,8 @@ def work(setting: Setting, rounds: int, file: Path) -> None:
     }
     if distributed.is_main():
         file.write_text(json.dumps(found))
-    dist.destroy_process_group()
+    distributed.leave()
+    distributed.end(0)
 
 
 def time_and_bytes(setting: Setting, rounds: int) -> Rows:
@@ -83,7 +84,7 @@ def followed(setting: Setting) -> torch.Tensor:
     for step in range(FOLLOWED_STEPS):
         inputs, labels = (part[mine] for part in features.student(setting.batch, step))
         values, outgoing = targets(inputs @ student, labels, step)
-        exchange = targets.start(outgoing)
+        exchange = targets.start([outgoing])
         cost = values["transported"]
         assert isinstance(cost, torch.Tensor)
         (gradient,) = torch.autograd.grad(cost.mean(), student)

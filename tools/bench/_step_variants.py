@@ -120,7 +120,7 @@ def our_step(setting: Setting, method: str, prototypes: int | None) -> Callable[
 
     def step() -> None:
         result = module(batch.student_inputs, batch.labels, 0)
-        underway = module.start_step(result)
+        underway = module.start_step([result])
         result.loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), OPTIONS.clip)
         optimizer.step()

@@ -26,17 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.torch import load_file
 
 # A script sees only its own directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cmkd_scale.config import Config, make_config, with_changes
-from cmkd_scale.errors import IntegrityError
-from cmkd_scale.files import read_json
 from cmkd_scale.stages.build_memory import memory
 from cmkd_scale.stages.quickstart import CLIPS_PER_CLASS, COUNTS
 from cmkd_scale.stages.quickstart import _config as quickstart_config
@@ -48,6 +43,7 @@ from tools.bench._ablation_rows import QUICK, REFERENCE, ROWS, RULE, Row, known_
 from tools.bench._ablation_shift import build_shifted
 from tools.bench._ablation_statistics import Correct, compare
 from tools.bench._bench import Goal, finish
+from tools.bench._students import is_finished, recognised
 
 QUICK_STEPS = 100
 
@@ -74,7 +70,8 @@ class Setting:
             self.fsdd,
             n_per_class=CLIPS_PER_CLASS,
         )
-        changes = {**self.changes, **row.changes}
+        # Every part is judged by itself; the guard would leave wrong teachers out.
+        changes = {"method.guard": False, **self.changes, **row.changes}
         if row.shifted:
             root = self.out / "shifted" / f"seed{seed}"
             shards = build_shifted(root, self.fsdd, COUNTS["audio"], seed)
@@ -110,12 +107,6 @@ def remember(setting: Setting, teacher_run: Path, prototypes: int | str) -> Path
     return run
 
 
-def is_finished(config: Config) -> bool:
-    """Whether the run of this very configuration has results; another is refused by its stage."""
-    file = Path(str(config.run.dir)) / "results.json"
-    return file.exists() and read_json(file).get("config_digest") == config.digest()
-
-
 def trained(setting: Setting, row: Row, seed: int, teacher_run: Path) -> Path:
     """The student of a row and seed, trained unless it is there; its run directory."""
     config = setting.config(row, seed, remember(setting, teacher_run, row.prototypes))
@@ -128,23 +119,6 @@ def trained(setting: Setting, row: Row, seed: int, teacher_run: Path) -> Path:
         ):
             student(config, console=False)
     return Path(str(config.run.dir))
-
-
-def recognised(directory: Path) -> NDArray[np.bool_]:
-    """[N] whether the student of a run is right, clip by clip.
-
-    Raises:
-        IntegrityError: its predictions are not those of its results.
-    """
-    predictions = load_file(directory / "predictions.safetensors")
-    correct = (predictions["predictions"] == predictions["labels"]).numpy()
-    accuracy = read_json(directory / "results.json")["metrics"]["test/accuracy"]
-    if abs(float(correct.mean()) - float(accuracy)) > 1e-9:
-        raise IntegrityError(
-            f"{directory} holds predictions of another accuracy than its results.json; remove that "
-            "directory and run again."
-        )
-    return correct
 
 
 def wrong_mass(directory: Path) -> float | None:

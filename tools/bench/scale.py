@@ -168,7 +168,6 @@ def main() -> None:
     setting, rounds = Setting(), 5 if options.quick else 15
     if "LOCAL_RANK" in os.environ:
         work(setting, rounds, options.json)
-        return
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     tables: dict[str, Any] = {

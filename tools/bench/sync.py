@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist  # noqa: TID251
@@ -176,8 +176,8 @@ def wire(repeats: int) -> Rows:
     return rows
 
 
-def work(quick: bool, file: Path) -> None:
-    """What each rank does; rank 0 writes the tables."""
+def work(quick: bool, file: Path) -> NoReturn:
+    """What each rank does, to its end; rank 0 writes the tables."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rounds = 5 if quick else 21
@@ -189,7 +189,8 @@ def work(quick: bool, file: Path) -> None:
     }
     if distributed.is_main():
         file.write_text(json.dumps(tables))
-    dist.destroy_process_group()
+    distributed.leave()
+    distributed.end(0)
 
 
 def launch(ranks: int, *, quick: bool) -> dict[str, Rows]:
@@ -242,7 +243,6 @@ def main() -> None:
     options = parse(__doc__)
     if "LOCAL_RANK" in os.environ:
         work(options.quick, options.json)
-        return
     torch.set_num_threads(1)
     rows, goals = {}, []
     for ranks in RANKS:

@@ -1,0 +1,168 @@
+"""What a run's steps read and run beside the labelled samples of the student.
+
+A teacher that runs along with its own samples, samples without labels, and further students, for
+the methods that want them.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cmkd_scale import distributed
+from cmkd_scale.config import Config, with_changes
+from cmkd_scale.data.companions import Accompanied, TeacherSamples
+from cmkd_scale.data.loader import TrainLoader
+from cmkd_scale.data.order import Draw, Order, stable_hash
+from cmkd_scale.data.sampling import Natural, choose
+from cmkd_scale.errors import UsageError
+from cmkd_scale.losses import LOSSES, Sizes
+from cmkd_scale.models.model import Model
+from cmkd_scale.stages.common import ModelSpec, Trained, open_split_for, with_data_of
+from cmkd_scale.stages.streams import SplitData, drawn_places, make_train_loader, open_quarantine
+from cmkd_scale.training.live_teacher import LiveTeacher
+from cmkd_scale.training.method import Method
+
+_OTHERS = 1  # sets the order of unlabelled samples apart from that of the labelled ones
+
+
+def make_loader(
+    config: Config, method: Method, teacher: Trained | None, data: SplitData, directory: Path
+) -> TrainLoader | Accompanied:
+    """This rank's endless batches with all that the method reads; a collective call.
+
+    Raises:
+        UsageError: a sample has no partner, or there are no samples without labels.
+    """
+    main = make_train_loader(config, data, directory)
+    if teacher is None and not method.unlabelled:
+        return main
+    samples = None if teacher is None else _teacher_samples(config, teacher, data)
+    others = _unlabelled(config, data, directory) if method.unlabelled else None
+    return Accompanied(main, teacher=samples, unlabelled=others)
+
+
+def _teacher_samples(config: Config, teacher: Trained, data: SplitData) -> TeacherSamples:
+    theirs = with_data_of(teacher, config)
+    if config.teacher.shards is not None:
+        theirs = with_changes(theirs, {"data.shards": config.teacher.shards})
+    split = open_split_for(teacher, theirs, theirs.data.train_split)
+    samples = TeacherSamples(
+        split.reader,
+        split.modality,
+        _in_classes(split, data.label_names),
+        mode=config.data.mode,
+        seed=config.run.seed,
+        augment=config.data.augment,
+        cache_bytes=config.data.cache_bytes,
+    )
+    places = drawn_places(config, data)
+    if config.data.mode == "paired":
+        samples.require_keys([data.reader.key(int(place)) for place in places])
+    elif config.data.mode == "class_matched":
+        found = sorted(set(data.labels[places].tolist()) - {-1})
+        samples.require_classes({label: data.label_names[label] for label in found})
+    return samples
+
+
+def _in_classes(split: SplitData, names: tuple[str, ...]) -> NDArray[np.int64]:
+    """[N] labels of a split as places in ``names``; -1 for classes that are not there."""
+    place = {name: index for index, name in enumerate(names)}
+    of_class = np.array([place.get(name, -1) for name in split.label_names] + [-1], dtype=np.int64)
+    return np.asarray(of_class[split.labels])  # UNLABELLED is -1: the last entry
+
+
+def _unlabelled(
+    config: Config, data: SplitData, directory: Path
+) -> tuple[TrainLoader, TrainLoader]:
+    """Loaders of the same samples, augmented and as they are."""
+    draw = _unlabelled_draw(config, data)
+    size = config.train.unlabelled_batch_size or config.train.global_batch_size
+    pieces = distributed.world_size() * config.train.gradient_accumulation_steps
+    if size % pieces:
+        raise UsageError(
+            f"train.unlabelled_batch_size {size} cannot be divided over {pieces} processes and "
+            f"parts; use {max(pieces, size - size % pieces)}."
+        )
+
+    def loader(augment: bool) -> TrainLoader:
+        return TrainLoader(
+            data.reader,
+            data.modality,
+            Order(draw, data.reader.starts, stable_hash(config.run.seed, _OTHERS) % 2**31),
+            global_batch_size=size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            augment=augment,
+            workers=config.data.workers,
+            cache_bytes=config.data.cache_bytes,
+            quarantine=open_quarantine(directory, data, config.data.max_bad_fraction, draw.samples),
+        )
+
+    return loader(config.data.augment), loader(augment=False)
+
+
+def _unlabelled_draw(config: Config, data: SplitData) -> Draw:
+    every = len(data.labels)
+    if config.data.unlabelled == "unlabelled":
+        places = choose(data.labels, classes=len(data.label_names), which="unlabelled")
+        return Natural(every, places, name="unlabelled")
+    places = np.setdiff1d(np.arange(every), drawn_places(config, data))
+    if len(places) == 0:
+        raise UsageError(
+            "data.unlabelled=rest reads what data.n_per_class leaves over, and that is nothing: "
+            "lower data.n_per_class, or choose data.unlabelled=unlabelled."
+        )
+    return Natural(every, places, name="rest")
+
+
+def make_live(
+    method: Method, teacher: Trained | None, names: tuple[str, ...]
+) -> LiveTeacher | None:
+    """The teacher that runs beside the student; its run's model stays as it is."""
+    if teacher is None:
+        return None
+    model = copy.deepcopy(teacher.model) if method.trains_teacher else teacher.model
+    return LiveTeacher(model, teacher.spec.label_names, names, learns=method.trains_teacher)
+
+
+def make_cohort(method: Method, spec: ModelSpec, seed: int) -> list[Model]:
+    """The students beside the first, each from weights of its own."""
+    cohort = []
+    for number in range(1, method.students):
+        torch.manual_seed(stable_hash(seed, number) % 2**31)
+        cohort.append(spec.build())
+    return cohort
+
+
+def sizes_of(
+    method: Method, model: Model, spec: ModelSpec, teacher: Trained | None
+) -> Sizes | None:
+    """What losses with parameters are built from; None if the method has none."""
+    if teacher is None or all(LOSSES[name].build is None for name in method.components):
+        return None
+    return Sizes(
+        classes=len(spec.label_names),
+        student_dim=model.head.in_features,
+        teacher_dim=teacher.model.head.in_features,
+        student_stages=_stage_channels(model, spec),
+        teacher_stages=_stage_channels(teacher.model, teacher.spec),
+    )
+
+
+@torch.no_grad()
+def _stage_channels(model: Model, spec: ModelSpec) -> tuple[int, ...]:
+    """Channels of each stage's output, from a sample of zeros."""
+    kind = torch.int64 if len(spec.shape) == 1 else torch.float32  # bytes of text
+    device = next(model.parameters()).device
+    stages = model(torch.ones(1, *spec.shape, dtype=kind, device=device)).stages
+    return tuple(_channels(stage) for stage in stages)
+
+
+def _channels(stage: Tensor) -> int:
+    return stage.shape[1] if stage.dim() == 4 else stage.shape[-1]
