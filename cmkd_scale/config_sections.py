@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -234,6 +234,13 @@ class MonitorConfig(Section):
     """How a run is watched."""
 
     prometheus_port: int | None = Field(None, ge=0, le=65535)
-    """Port of ``/metrics`` and ``/healthz``; unset: no endpoint."""
+    """Port of ``/metrics`` and ``/healthz`` of the first process of a machine; each further one
+    takes the next. Unset: no endpoint."""
     prometheus_address: str = "127.0.0.1"
-    """Address that the endpoint listens on."""
+    """Address that the endpoint listens on; ``0.0.0.0`` or ``::``: all."""
+    linger_seconds: float = Field(30.0, ge=0)
+    """Longest that a process whose endpoint has been scraped waits at its end to be scraped once
+    more, so that its last values are seen. Wants to be longer than the scrape interval."""
+    deadline: AwareDatetime | None = None
+    """When the run should be through, with a time zone, as in ``2026-12-24T18:00:00Z``: exported,
+    for an alert when it will be later."""

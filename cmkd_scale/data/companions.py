@@ -203,13 +203,20 @@ class Accompanied:
         """Of the labelled stream."""
         return self.main.epoch_progress()
 
+    def bad_samples_ratio(self) -> float:
+        """Of the stream with the largest."""
+        return max(loader.bad_samples_ratio() for loader in self._loaders())
+
     def exchange(self) -> dict[str, float]:
         """Of all streams; a collective call."""
         total: dict[str, float] = {}
-        for loader in (self.main, *(self.unlabelled or ())):
+        for loader in self._loaders():
             for name, value in loader.exchange().items():
                 total[name] = total.get(name, 0.0) + value
         return total
+
+    def _loaders(self) -> tuple[TrainLoader, ...]:
+        return (self.main, *(self.unlabelled or ()))
 
     def _counts(self, begin: int) -> Ints:
         main = self.main

@@ -96,6 +96,11 @@ class Quarantine:
         return len(self._places)
 
     @property
+    def ratio(self) -> float:
+        """The share of the samples that they are."""
+        return len(self._places) / max(1, self._samples)
+
+    @property
     def met(self) -> Mapping[str, int]:
         """How often this process left out a sample, by reason, repetitions included."""
         return dict(self._met)

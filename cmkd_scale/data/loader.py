@@ -123,6 +123,10 @@ class TrainLoader:
         place = check_state(state, self.order, manifest.digest, manifest.name)
         self.delivered = place.epoch * len(self.order) + place.position
 
+    def bad_samples_ratio(self) -> float:
+        """Share of the samples of an epoch that were found damaged so far, on any rank."""
+        return self.quarantine.ratio
+
     def exchange(self) -> dict[str, float]:
         """Tell all ranks what each has met since the last call; a collective call.
 

@@ -43,6 +43,8 @@ _SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 _AHEAD = 2  # requests that each worker has been sent and not answered
 _END_SECONDS = 5.0  # that a worker has to end by itself
 
+_pids: set[int] = set()  # of the workers of this process
+
 _Request = TypeVar("_Request")
 _Answer = TypeVar("_Answer")
 
@@ -88,6 +90,11 @@ def answers(
             worker.wait()
 
 
+def alive() -> int:
+    """Workers of this process that live; from any thread."""
+    return sum(psutil.pid_exists(pid) for pid in tuple(_pids))
+
+
 class _Failure(NamedTuple):
     """What a worker sends in the place of an answer."""
 
@@ -106,7 +113,12 @@ class _Worker(Generic[_Answer]):
             target=_work, args=(dataset, other_end, os.getpid()), name="decoding", daemon=True
         )
         self._process.start()
+        _pids.add(self._pid)
         other_end.close()  # so that the worker alone holds it, and its death closes it
+
+    @property
+    def _pid(self) -> int:
+        return self._process.pid or 0
 
     def ask(self, request: object) -> None:
         """Send a request; it is taken while the worker is at earlier ones.
@@ -143,6 +155,7 @@ class _Worker(Generic[_Answer]):
         self._process.join(_END_SECONDS)
         self._process.kill()  # it may hang in a read; it holds nothing that must be put in order
         self._process.join()
+        _pids.discard(self._pid)
 
     def _lost(self, error: Exception) -> Exception:
         """What to say of an ``error`` in talking to it."""

@@ -39,8 +39,8 @@ from cmkd_scale.stages.memory_file import find_finished, save_if_agreed
 from cmkd_scale.stages.pass_identity import memory_identity, pass_identity
 from cmkd_scale.stages.runs import open_run, write_results
 from cmkd_scale.stages.teacher_pass import PASS, Passed, Start, run_pass, stop_if_signalled
+from cmkd_scale.stages.watching import watching
 from cmkd_scale.training.preemption import Preemption
-from cmkd_scale.training.watchdog import Watchdog
 
 
 def memory(config: Config) -> dict[str, Any]:
@@ -84,10 +84,17 @@ def memory(config: Config) -> dict[str, Any]:
     if result is not None:
         digest, reused = result.digest(), result.provenance["counts"]["memory/batches"]
     else:
-        watching = Watchdog(config.run.watchdog_seconds, directory=directory)
-        with _one_thread(), Preemption() as preemption, watching as watchdog:
+        watched = watching(config, directory, stage="memory", modality=trained.spec.modality)
+        with _one_thread(), Preemption() as preemption, watched as watch:
             start = Start(
-                trained, data, held_out, config, directory, engine.device, preemption, watchdog
+                trained,
+                data,
+                held_out,
+                config,
+                directory,
+                engine.device,
+                preemption,
+                watch.watchdog,
             )
             with _progress(f"samples of {data.reader.manifest.name} through the teacher") as tell:
                 passed = run_pass(start, identity, tell)

@@ -28,6 +28,7 @@ from cmkd_scale.stages.common import Taught, load_trained, open_split_for, start
 from cmkd_scale.stages.forward_pass import forward_pass
 from cmkd_scale.stages.runs import write_file, write_results
 from cmkd_scale.stages.streams import SplitData, open_quarantine
+from cmkd_scale.stages.watching import watching
 from cmkd_scale.training.preemption import Preemption
 from cmkd_scale.training.watchdog import Watchdog
 
@@ -53,7 +54,13 @@ def evaluate(config: Config) -> dict[str, Any]:
         directory = Path(str(config.run.dir))
         trained = load_trained(directory, "student")
         data = open_split_for(trained, config, config.data.test_split)
-        with Watchdog(config.run.watchdog_seconds, directory=directory) as watchdog:
+        with watching(
+            config,
+            directory,
+            stage="evaluate",
+            method=trained.state["method"],
+            modality=trained.spec.modality,
+        ) as watch:
             metrics = evaluate_model(
                 trained.model,
                 data,
@@ -61,20 +68,20 @@ def evaluate(config: Config) -> dict[str, Any]:
                 directory,
                 taught_by=trained.taught_by,
                 preemption=preemption,
-                watchdog=watchdog,
+                watchdog=watch.watchdog,
             )
-        return write_results(
-            directory,
-            stage="evaluate",
-            config=config,
-            metrics=metrics,
-            began=began,
-            name="evaluation.json",
-            steps=trained.state["step"],
-            method=trained.state["method"],
-            memory_digest=trained.state["memory_digest"],
-            split=config.data.test_split,
-        )
+            return write_results(
+                directory,
+                stage="evaluate",
+                config=config,
+                metrics=metrics,
+                began=began,
+                name="evaluation.json",
+                steps=trained.state["step"],
+                method=trained.state["method"],
+                memory_digest=trained.state["memory_digest"],
+                split=config.data.test_split,
+            )
 
 
 def infer(

@@ -38,7 +38,14 @@ def plain_run(run: Run, directory: Path, steps: int, stage: str = "guard") -> Ru
         method=resolve_method(PLAIN_METHOD, {}),
         feature_dim=run.recipe.feature_dim,
     )
-    return replace(run, config=config, recipe=recipe, memories=(), directory=directory)
+    return replace(
+        run,
+        config=config,
+        recipe=recipe,
+        memories=(),
+        directory=directory,
+        watch=run.watch.beside(),
+    )
 
 
 def train_plain(plain: Run, preemption: Preemption) -> Model:
@@ -82,7 +89,7 @@ def mean_features(plain: Run, model: Model, preemption: Preemption) -> Floats:
         device=plain.engine.device,
         quarantine=quarantine,
         preemption=preemption,
-        watchdog=plain.watchdog,
+        watchdog=plain.watch.watchdog,
         phase="guard",
         stopped="Stopped by a signal while the guard compared the student with the teacher. Run "
         "the same command again to continue.",

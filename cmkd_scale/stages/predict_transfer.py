@@ -40,6 +40,7 @@ from cmkd_scale.stages.plain import PLAIN_METHOD, mean_features, plain_run, trai
 from cmkd_scale.stages.runs import open_run, write_json
 from cmkd_scale.stages.streams import SplitData, drawn_places, open_quarantine, open_split
 from cmkd_scale.stages.through_faults import Recipe, Run
+from cmkd_scale.stages.watching import Watch
 from cmkd_scale.training.method_checks import resolve_method
 from cmkd_scale.training.preemption import Preemption
 from cmkd_scale.training.watchdog import Watchdog
@@ -104,7 +105,7 @@ def predict_transfer(
             feature_dim=config.model.feature_dim or loaded[0].feature_dim,
         )
         spec = make_spec(config, data, recipe.feature_dim)
-        run = Run(config, recipe, (), engine, data, spec, directory, watchdog, console)
+        run = Run(config, recipe, (), engine, data, spec, directory, Watch(watchdog), console)
         plain = plain_run(run, directory, steps or config.train.steps, recipe.stage)
         model = train_plain(plain, preemption)
         means = mean_features(plain, model, preemption)
@@ -182,7 +183,7 @@ def _samples(plain: Run, model: Model, preemption: Preemption) -> tuple[float, S
         model,
         device=plain.engine.device,
         preemption=preemption,
-        watchdog=plain.watchdog,
+        watchdog=plain.watch.watchdog,
         step=config.train.steps,
     )
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,11 +14,14 @@ from cmkd_scale import distributed
 from cmkd_scale.config import Config
 from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.bank import PrototypeMemory, memory_bytes
+from cmkd_scale.monitoring.console import ConsoleSink
+from cmkd_scale.monitoring.jsonl import JsonlSink
 from cmkd_scale.monitoring.order_log import OrderLogFile, cut_back_all
-from cmkd_scale.monitoring.sinks import ConsoleSink, JsonlSink, PrometheusSink, Sinks
+from cmkd_scale.monitoring.sinks import Sink, Sinks
 from cmkd_scale.stages.common import ModelSpec, Trained, weights_digest
 from cmkd_scale.stages.company import make_cohort, make_live, make_loader, sizes_of
 from cmkd_scale.stages.streams import SplitData
+from cmkd_scale.stages.watching import Watch
 from cmkd_scale.training.alignment_options import AlignmentOptions
 from cmkd_scale.training.checkpoint import Checkpoint, blob_name, load_newest
 from cmkd_scale.training.distillation import Distillation
@@ -29,7 +31,6 @@ from cmkd_scale.training.loop import Trainer
 from cmkd_scale.training.method import Method
 from cmkd_scale.training.preemption import Preemption
 from cmkd_scale.training.targets import MemoryTargets
-from cmkd_scale.training.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Run:
     data: SplitData
     spec: ModelSpec
     directory: Path
-    watchdog: Watchdog
+    watch: Watch
     console: bool
     trust: tuple[float, ...] = ()
     """Of each memory, as the guard has it; empty: full."""
@@ -81,8 +82,8 @@ def train_through_faults(run: Run, preemption: Preemption) -> Trainer:
     most = run.config.train.max_rollbacks
     before: Trainer | None = None
     while True:
-        trainer = _make_trainer(run, before)
-        with _sinks(run, trainer.step) as sink:
+        trainer, checkpoint = _make_trainer(run, before)
+        with _sinks(run, trainer, checkpoint) as sink:
             try:
                 trainer.run(sink, preemption)
                 return trainer
@@ -104,8 +105,8 @@ def train_through_faults(run: Run, preemption: Preemption) -> Trainer:
         before = trainer
 
 
-def _make_trainer(run: Run, before: Trainer | None) -> Trainer:
-    """A trainer that stands where the newest checkpoint ends; a collective call.
+def _make_trainer(run: Run, before: Trainer | None) -> tuple[Trainer, Path | None]:
+    """A trainer that stands where the newest checkpoint ends, and that; a collective call.
 
     Args:
         run: what it trains.
@@ -138,7 +139,7 @@ def _make_trainer(run: Run, before: Trainer | None) -> Trainer:
             "teacher_digest": None if teacher is None else weights_digest(teacher.model),
         },
         blobs=blobs,
-        watchdog=run.watchdog,
+        watchdog=run.watch.watchdog,
     )
     if checkpoint is not None:
         trainer.resume(checkpoint.state)
@@ -148,7 +149,7 @@ def _make_trainer(run: Run, before: Trainer | None) -> Trainer:
     if config.data.log_order:
         distributed.run_on_main(lambda: cut_back_all(directory, trainer.step))
         trainer.order_log = OrderLogFile(directory, distributed.rank())
-    return trainer
+    return trainer, None if found is None else found[1]
 
 
 def _check_newest(found: Checkpoint | None) -> None:
@@ -210,25 +211,15 @@ def alignment_options(config: Config) -> AlignmentOptions:
 
 
 @contextmanager
-def _sinks(run: Run, resume_step: int) -> Iterator[Sinks | None]:
-    """What takes logged steps, on rank 0."""
-    if not distributed.is_main():
-        yield None
-        return
+def _sinks(run: Run, trainer: Trainer, checkpoint: Path | None) -> Iterator[Sinks]:
+    """What takes steps on this rank."""
     config = run.config
-    sinks: list[Any] = [JsonlSink(run.directory / "metrics.jsonl", resume_step)]
-    if run.console:
-        title = f"{run.recipe.stage} {run.recipe.method_name}"
-        sinks.append(ConsoleSink(config.train.steps, title=title, resume_step=resume_step))
-    if config.monitor.prometheus_port is not None:
-        sinks.append(
-            PrometheusSink(
-                config.monitor.prometheus_port,
-                address=config.monitor.prometheus_address,
-                modality=run.spec.modality,
-                resume_step=resume_step,
-            )
-        )
+    sinks: list[Sink] = [run.watch.sink(config, trainer, checkpoint)]
+    if distributed.is_main():
+        sinks.append(JsonlSink(run.directory / "metrics.jsonl", trainer.step))
+        if run.console:
+            title = f"{run.recipe.stage} {run.recipe.method_name}"
+            sinks.append(ConsoleSink(config.train.steps, title=title, resume_step=trainer.step))
     joined = Sinks(sinks)
     try:
         yield joined

@@ -26,8 +26,8 @@ from cmkd_scale.stages.guard import guard
 from cmkd_scale.stages.runs import open_run, write_results
 from cmkd_scale.stages.streams import SplitData, compare_streams, open_split
 from cmkd_scale.stages.through_faults import Recipe, Run, train_through_faults
+from cmkd_scale.stages.watching import watching
 from cmkd_scale.training.preemption import Preemption
-from cmkd_scale.training.watchdog import Watchdog
 
 
 def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
@@ -51,12 +51,18 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
         spec = make_spec(config, data, recipe.feature_dim)
         memories = _memories(config, recipe, spec)
         compare_streams(config, data, recipe.memories, directory, say=console)
-        with Watchdog(config.run.watchdog_seconds, directory=directory) as watchdog:
-            run = Run(config, recipe, memories, engine, data, spec, directory, watchdog, console)
+        with watching(
+            config,
+            directory,
+            stage=recipe.stage,
+            method=recipe.method_name,
+            modality=spec.modality,
+        ) as watch:
+            run = Run(config, recipe, memories, engine, data, spec, directory, watch, console)
             verdicts = guard(run, preemption) if recipe.guarded else []
             run = replace(run, trust=tuple(verdict.trust for verdict in verdicts))
             trainer = train_through_faults(run, preemption)
-            watchdog.at("evaluation", trainer.step)
+            watch.watchdog.at("evaluation", trainer.step)
             weights = engine.trained_weights()
             model = spec.build()
             load_weights(model, weights)
@@ -71,24 +77,24 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
                 directory,
                 taught_by=taught_by,
                 preemption=preemption,
-                watchdog=watchdog,
+                watchdog=watch.watchdog,
                 step=trainer.step,
             )
-        return write_results(
-            directory,
-            stage=recipe.stage,
-            config=config,
-            metrics=metrics,
-            began=began,
-            method=recipe.method_name,
-            steps=trainer.step,
-            backend=engine.backend_name,
-            restarts=trainer.restarts,
-            memory_digest=recipe.memory_digest,
-            memory_file=next(iter(recipe.memory_files), None),
-            memory_files=list(recipe.memory_files),
-            guard=[verdict.to_json() for verdict in verdicts],
-        )
+            return write_results(
+                directory,
+                stage=recipe.stage,
+                config=config,
+                metrics=metrics,
+                began=began,
+                method=recipe.method_name,
+                steps=trainer.step,
+                backend=engine.backend_name,
+                restarts=trainer.restarts,
+                memory_digest=recipe.memory_digest,
+                memory_file=next(iter(recipe.memory_files), None),
+                memory_files=list(recipe.memory_files),
+                guard=[verdict.to_json() for verdict in verdicts],
+            )
 
 
 def _memories(config: Config, recipe: Recipe, spec: ModelSpec) -> list[PrototypeMemory]:

@@ -80,6 +80,7 @@ class Trainer:
             blobs=blobs,
             log=self.log,
         )
+        self._waited = 0.0  # seconds, for the data of the last step
         self._fault: CmkdError | None = None  # that ends the run at the next step
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -105,7 +106,7 @@ class Trainer:
         """Train to the last step.
 
         Args:
-            sink: takes logged steps; None on ranks that don't log.
+            sink: takes what there is to tell of steps; None: nobody does.
             preemption: watched between steps.
 
         Raises:
@@ -114,11 +115,16 @@ class Trainer:
             CmkdError: the run cannot go on; the message says why.
         """
         batches = self.loader.batches()
+        begun = time.perf_counter()
         try:
             while self.step < self.config.steps:
                 stepped = self._one(next_batch=lambda: next(batches))
-                stop = self._agree(stepped, preemption)
+                stop = self._agree(stepped, preemption, sink)
                 self._after(stepped, sink)
+                if sink is not None:
+                    now = time.perf_counter()
+                    sink.step(self.step, now - begun, self._waited)
+                    begun = now
                 if stop:
                     self._stop()
             self._settle()
@@ -133,7 +139,7 @@ class Trainer:
         self.watchdog.at("data", self.step)
         self.log.clock.waiting()
         batch = next_batch()
-        waited = self.log.clock.computing()
+        self._waited = self.log.clock.computing()
         if self.order_log is not None:
             self.order_log.log(self.step, batch.keys)
         # Random numbers of a step depend on the seed and the step alone, so no generator state
@@ -147,7 +153,7 @@ class Trainer:
             learning_rate=learning_rate_at(self.step, self.config),
             at=self.watchdog.at,
         )
-        self.rank_times.add(waited + stepped.own_seconds)
+        self.rank_times.add(self._waited + stepped.own_seconds)
         self.watchdog.at("exchange", self.step)
         self._finish(stepped)
         self.step += 1
@@ -166,7 +172,7 @@ class Trainer:
         if stepped.applied:  # else what was sent is not finite either
             self.engine.module.finish_step(underway)
 
-    def _agree(self, stepped: Stepped, preemption: Preemption) -> bool:
+    def _agree(self, stepped: Stepped, preemption: Preemption, sink: Sink | None) -> bool:
         """Whether all stop after this step because one was signalled; a collective call.
 
         Raises:
@@ -183,7 +189,7 @@ class Trainer:
         if faults:
             distributed.run_together(self._raise_fault)
         if not stepped.applied:
-            self.log.count("steps_skipped", 1)
+            self._write_log(sink, {"steps_skipped": 1.0})  # at once: the next step may end the run
             if distributed.is_main():
                 _log.warning("Step %d: the gradient is not finite; left out.", self.step)
         mean = loss / distributed.world_size()
@@ -213,6 +219,8 @@ class Trainer:
         values = self.log.values(self.step, stepped.result, stepped.norm)
         values["learning_rate"] = stepped.learning_rate
         values["epoch_progress"] = self.loader.epoch_progress()
+        if bad := self.loader.bad_samples_ratio():
+            values["bad_samples_ratio"] = bad
         values.update(self.engine.module.measures(stepped.result.step))
         self._write_log(sink, values)
 

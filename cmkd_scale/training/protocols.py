@@ -27,13 +27,21 @@ class Loader(Protocol):
         """Position in the current epoch, 0 to 1."""
         ...
 
+    def bad_samples_ratio(self) -> float:
+        """Share of the samples of an epoch that were found damaged so far."""
+        ...
+
     def exchange(self) -> dict[str, float]:
         """What went wrong with data on any rank since the last call; a collective call."""
         ...
 
 
 class Sink(Protocol):
-    """Takes the values of a logged step; called on rank 0 only."""
+    """Takes what there is to tell of steps, on every rank."""
+
+    def step(self, step: int, seconds: float, waited_seconds: float) -> None:
+        """Note that ``step`` has ended, how long it took, and how long it waited for data."""
+        ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record ``values`` of step ``step``."""

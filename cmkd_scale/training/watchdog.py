@@ -56,6 +56,7 @@ class Watchdog:
         self.timeout_seconds = timeout_seconds
         self.directory = directory
         self._step, self._phase, self._since = 0, "start", time.monotonic()
+        self._spent = dict.fromkeys(("start", *PHASES), 0.0)
         self._ended = threading.Event()
         self._look = min(_LONGEST_LOOK, timeout_seconds / 4)
         self._told: dict[int, Beat] = {}
@@ -89,21 +90,37 @@ class Watchdog:
 
     def at(self, phase: str, step: int) -> None:
         """This rank has come to a phase of a step."""
-        self._step, self._phase, self._since = step, phase, time.monotonic()
+        now = time.monotonic()
+        self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._since
+        self._step, self._phase, self._since = step, phase, now
 
-    def _beat(self) -> Beat:
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds that this rank has spent in each phase until now; from any thread."""
+        spent, now = dict(self._spent), self.beat()
+        spent[now.phase] = spent.get(now.phase, 0.0) + now.seconds
+        return spent
+
+    def health(self) -> tuple[bool, str]:
+        """Whether this rank moves, and where it stands in words; from any thread."""
+        now = self.beat()
+        moves = not 0 < self.timeout_seconds < now.seconds
+        word = "ok" if moves else "hangs"
+        return moves, f"{word}: step {now.step}, in phase {now.phase} for {now.seconds:.1f} s"
+
+    def beat(self) -> Beat:
+        """Where this rank stands; from any thread."""
         return Beat(self._step, self._phase, time.monotonic() - self._since)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._look):
-            if self._beat().seconds > self.timeout_seconds:
+            if self.beat().seconds > self.timeout_seconds:
                 # All ranks notice within a look of each other; each must have told first.
                 self._ended.wait(2 * self._look)
-                if not self._ended.is_set() and self._beat().seconds > self.timeout_seconds:
-                    self._end(self._beat())
+                if not self._ended.is_set() and self.beat().seconds > self.timeout_seconds:
+                    self._end(self.beat())
 
     def _tell(self, store: distributed.Store) -> Beat:
-        beat = self._beat()
+        beat = self.beat()
         store.put(str(distributed.rank()), json.dumps(beat))
         return beat
 

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import re
-import socket
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from cmkd_scale.errors import IntegrityError
-from cmkd_scale.monitoring.console import counting
-from cmkd_scale.monitoring.jsonl import read_jsonl
-from cmkd_scale.monitoring.metrics import METRICS
-from cmkd_scale.monitoring.sinks import ConsoleSink, JsonlSink, PrometheusSink, Sinks
+from cmkd_scale.monitoring.console import ConsoleSink, counting
+from cmkd_scale.monitoring.jsonl import JsonlSink, read_jsonl
+from cmkd_scale.monitoring.sinks import Sinks
 
 
 def steps_of(path: Path) -> list[int]:
@@ -181,156 +175,6 @@ class TestConsole:
         last = text.rsplit("student", 1)[1]
         assert "100/400" in last
         assert "loss 1.5  lr 0.001" in last
-
-
-@pytest.fixture
-def exporter() -> Iterator[PrometheusSink]:
-    sink = PrometheusSink(0, modality="audio", resume_step=100, clock=lambda: 1234.5)
-    yield sink
-    sink.close()
-
-
-def get(sink: PrometheusSink, path: str) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{sink.port}{path}", timeout=10) as answer:
-        return str(answer.read().decode())
-
-
-def scrape(sink: PrometheusSink) -> dict[str, float]:
-    families = text_string_to_metric_families(get(sink, "/metrics"))
-    return {
-        sample.name
-        + "".join(f"{{{k}={v}}}" for k, v in sorted(sample.labels.items())): sample.value
-        for family in families
-        for sample in family.samples
-    }
-
-
-class TestPrometheus:
-    def test_a_scrape_returns_what_was_logged(self, exporter: PrometheusSink) -> None:
-        exporter.log(
-            110,
-            {
-                "loss": 2.5,
-                "loss/transport_cost": 0.5,
-                "samples_seen": 14080.0,
-                "step_seconds": 0.2,
-                "data_wait_seconds": 0.25,
-                "epoch_progress": 0.75,
-                "eta_seconds": 60.0,
-                "alignment_marginal_error": 0.125,
-                "learning_rate": 1e-3,
-            },
-        )
-        exporter.log(120, {"loss": 2.0, "samples_seen": 15360.0, "data_wait_seconds": 0.5})
-        exporter.log(120, {"checkpoint_seconds": 1.5, "restarts/resume": 3, "restarts/rollback": 1})
-        exporter.log(130, {"restarts/resume": 3, "restarts/rollback": 2})
-        seen = scrape(exporter)
-        assert seen["cmkd_train_step"] == 130
-        assert seen["cmkd_restarts_total{reason=resume}"] == 3
-        assert seen["cmkd_restarts_total{reason=rollback}"] == 2
-        assert seen["cmkd_train_last_step_timestamp_seconds"] == 1234.5
-        assert seen["cmkd_train_samples_total{modality=audio}"] == 15360
-        assert seen["cmkd_train_loss{component=total}"] == 2.0
-        assert seen["cmkd_train_loss{component=transport_cost}"] == 0.5
-        assert seen["cmkd_train_step_duration_seconds_count"] == 10
-        assert seen["cmkd_train_step_duration_seconds_sum"] == pytest.approx(2.0)
-        assert seen["cmkd_train_step_duration_seconds_bucket{le=0.1}"] == 0
-        assert seen["cmkd_train_step_duration_seconds_bucket{le=0.25}"] == 10
-        assert seen["cmkd_data_wait_seconds_total"] == 0.75
-        assert seen["cmkd_data_epoch_progress_ratio{modality=audio}"] == 0.75
-        assert seen["cmkd_alignment_marginal_error"] == 0.125
-        assert seen["cmkd_checkpoint_duration_seconds"] == 1.5
-        assert seen["cmkd_checkpoint_last_success_timestamp_seconds"] == 1234.5
-        assert seen["cmkd_eta_seconds"] == 60.0
-
-    def test_before_the_first_step_counters_are_zero_and_gauges_absent(
-        self, exporter: PrometheusSink
-    ) -> None:
-        seen = scrape(exporter)
-        assert seen.pop("cmkd_train_samples_total{modality=audio}") == 0
-        build = [name for name in seen if name.startswith("cmkd_build_info{")]
-        assert len(build) == 1
-        assert seen.pop(build[0]) == 1
-        assert set(seen.values()) == {0}
-        assert not any("timestamp" in name or "eta" in name for name in seen)
-
-    def test_every_exposed_family_is_in_the_vocabulary(self, exporter: PrometheusSink) -> None:
-        plain = [key for metric in METRICS for key in metric.keys if not key.endswith("*")]
-        exporter.log(
-            110,
-            {
-                **dict.fromkeys(plain, 1.0),
-                "loss/any": 1.0,
-                "restarts/any": 1.0,
-                "samples_skipped/any": 1.0,
-                "alignment_distance/any": 1.0,
-            },
-        )
-        families = text_string_to_metric_families(get(exporter, "/metrics"))
-        suffix = {"counter": "_total"}
-        exposed = {
-            family.name + suffix.get(family.type, ""): (family.type, family.documentation)
-            for family in families
-        }
-        assert exposed == {metric.name: (metric.kind, metric.help) for metric in METRICS}
-
-    def test_not_a_number_spoils_no_counter(self, exporter: PrometheusSink) -> None:
-        nan = math.nan
-        exporter.log(
-            101, {"loss": nan, "samples_seen": nan, "data_wait_seconds": nan, "step_seconds": nan}
-        )
-        exporter.log(102, {"samples_seen": 128.0, "data_wait_seconds": 1.0, "step_seconds": 1.0})
-        seen = scrape(exporter)
-        assert math.isnan(seen["cmkd_train_loss{component=total}"])
-        assert seen["cmkd_train_samples_total{modality=audio}"] == 128
-        assert seen["cmkd_data_wait_seconds_total"] == 1.0
-        assert seen["cmkd_train_step_duration_seconds_sum"] == 1.0
-
-    def test_healthz_and_unknown_paths(self, exporter: PrometheusSink) -> None:
-        assert get(exporter, "/healthz") == "ok\n"
-        with pytest.raises(urllib.error.HTTPError, match="404") as caught:
-            get(exporter, "/")
-        caught.value.close()
-
-    def test_a_taken_port_gives_the_next_one_and_says_so(
-        self, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        with socket.socket() as taken, caplog.at_level(logging.WARNING):
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            port = taken.getsockname()[1]
-            sink = PrometheusSink(port)
-            try:
-                assert sink.port is not None
-                assert sink.port > port
-                assert str(sink.port) in caplog.text
-                assert "cmkd_build_info" in get(sink, "/metrics")
-            finally:
-                sink.close()
-
-    def test_an_address_that_is_not_ours_is_reported_and_not_fatal(
-        self, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        sink = PrometheusSink(9400, address="192.0.2.1")
-        assert sink.port is None
-        assert "metrics are not served" in caplog.text
-        sink.log(1, {"loss": 1.0})
-        sink.close()
-
-    def test_two_exporters_in_one_process_do_not_mix(self, exporter: PrometheusSink) -> None:
-        other = PrometheusSink(0)
-        other.log(7, {"loss": 1.0})
-        assert scrape(other)["cmkd_train_step"] == 7
-        assert "cmkd_train_step" not in scrape(exporter)
-        other.close()
-
-    def test_a_closed_exporter_frees_its_port(self) -> None:
-        first = PrometheusSink(0)
-        assert first.port is not None
-        first.close()
-        second = PrometheusSink(first.port)
-        assert second.port == first.port
-        second.close()
 
 
 def test_counted_work_without_a_terminal_is_one_line() -> None:

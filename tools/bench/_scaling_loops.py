@@ -16,6 +16,7 @@ from cmkd_scale import distributed
 from cmkd_scale.config_sections import TrainConfig
 from cmkd_scale.models.model import Model
 from cmkd_scale.monitoring.jsonl import JsonlSink, read_jsonl
+from cmkd_scale.monitoring.sinks import Sinks
 from cmkd_scale.records import Batch
 from cmkd_scale.training.distillation import Distillation
 from cmkd_scale.training.engine import Engine, Options
@@ -93,6 +94,10 @@ class Noise:
         """There are no epochs."""
         return 0.0
 
+    def bad_samples_ratio(self) -> float:
+        """None is damaged."""
+        return 0.0
+
     def exchange(self) -> dict[str, float]:
         """Nothing goes wrong."""
         return {}
@@ -151,11 +156,11 @@ class Ours:
                 watchdog=dog,
             )
             file = directory / "metrics.jsonl"
-            sink = JsonlSink(file) if distributed.is_main() else None
+            sink = Sinks([JsonlSink(file)] if distributed.is_main() else [])
             trainer.run(sink, preemption)
-        if sink is None:
-            return []
         sink.close()
+        if not distributed.is_main():
+            return []
         return [record["loss"] for record in read_jsonl(file)]
 
     def __call__(self, config: TrainConfig) -> tuple[float, float]:

@@ -1,0 +1,190 @@
+"""What watches a stage from outside, as long as its process lives."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cmkd_scale import distributed
+from cmkd_scale.config import Config
+from cmkd_scale.data import workers
+from cmkd_scale.errors import PreemptedError
+from cmkd_scale.files import write_atomically
+from cmkd_scale.monitoring.exporter import Identity, PrometheusSink
+from cmkd_scale.monitoring.sinks import Sink, Sinks
+from cmkd_scale.training.loop import Trainer
+from cmkd_scale.training.watchdog import Watchdog
+
+_log = logging.getLogger(__name__)
+
+TARGETS = "targets"
+"""Directory of a run with a file for each rank that exports metrics, for Prometheus to find it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """The watchdog and the exporter of this rank, and what else takes logged steps."""
+
+    watchdog: Watchdog
+    exporter: PrometheusSink | None = None
+    others: tuple[Sink, ...] = ()
+    counts: bool = True
+    """Whether steps are the run's own; those of the guard's training only show that it lives."""
+
+    def beside(self) -> Watch:
+        """The same for a training that is not the run's own."""
+        return replace(self, counts=False)
+
+    def sink(self, config: Config, trainer: Trainer, checkpoint: Path | None) -> Sink:
+        """What takes the steps of a training that begins, or begins again.
+
+        Args:
+            config: of that training.
+            trainer: stands where it begins.
+            checkpoint: directory of the one that it begins from.
+        """
+        if not self.counts:
+            return _Beside(self.exporter)
+        if self.exporter is not None:
+            _introduce(self.exporter, config, trainer, checkpoint)
+        return _Own(self.exporter, Sinks(self.others), config.train.checkpoint_every_steps)
+
+
+def _introduce(
+    exporter: PrometheusSink, config: Config, trainer: Trainer, checkpoint: Path | None
+) -> None:
+    """Export where the run stands, before its first step here."""
+    samples = trainer.step * config.train.global_batch_size
+    restarts = {f"restarts/{reason}": float(n) for reason, n in trainer.restarts.items()}
+    exporter.log(trainer.step, {"samples_seen": float(samples), **restarts})
+    exporter.set("cmkd_train_step", trainer.step)
+    exporter.set("cmkd_train_planned_steps", config.train.steps)
+    exporter.set("cmkd_train_start_timestamp_seconds", time.time())
+    exporter.set("cmkd_data_bad_samples_limit_ratio", config.data.max_bad_fraction)
+    if config.monitor.deadline is not None:
+        deadline = config.monitor.deadline.timestamp()
+        exporter.set("cmkd_train_deadline_timestamp_seconds", deadline)
+    if checkpoint is not None:
+        saved = checkpoint.stat().st_mtime
+        exporter.set("cmkd_checkpoint_last_success_timestamp_seconds", saved)
+
+
+class _Own:
+    """Takes steps of the run itself. Outlives its training: closing it closes nothing."""
+
+    def __init__(self, exporter: PrometheusSink | None, others: Sinks, every: int) -> None:
+        self._exporter = exporter
+        self._others = others
+        self._every = every
+
+    def step(self, step: int, seconds: float, waited_seconds: float) -> None:
+        if self._exporter is not None:
+            self._exporter.step(step, seconds, waited_seconds)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        if self._exporter is not None:
+            self._exporter.log(step, values)
+            if "step_seconds" in values:
+                interval = self._every * values["step_seconds"]
+                self._exporter.set("cmkd_checkpoint_interval_seconds", interval)
+        self._others.log(step, values)
+
+    def close(self) -> None:
+        pass
+
+
+class _Beside:
+    """Takes steps of another training: what they say is not the run's."""
+
+    def __init__(self, exporter: PrometheusSink | None) -> None:
+        self._exporter = exporter
+
+    def step(self, step: int, seconds: float, waited_seconds: float) -> None:
+        if self._exporter is not None:
+            self._exporter.beat(seconds, waited_seconds)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def watching(
+    config: Config, directory: Path, *, stage: str, method: str = "", modality: str = ""
+) -> Iterator[Watch]:
+    """Watch a stage until the block ends; a collective call.
+
+    After an end, good or bad, the exporter waits to be scraped once more; after a signal there
+    is no time for that.
+
+    Args:
+        config: of the run.
+        directory: of the run.
+        stage: the verb.
+        method: that trains, if one does.
+        modality: of the data.
+    """
+    watchdog = Watchdog(config.run.watchdog_seconds, directory=directory)
+    identity = Identity(
+        run_id="",
+        stage=stage,
+        method=method,
+        modality=modality,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    exporter = _exporter(config, identity, watchdog)
+    target = directory / TARGETS / f"rank_{identity.rank:05}.json"
+    linger_seconds = config.monitor.linger_seconds
+    try:
+        with watchdog:
+            if exporter is not None:
+                _announce(target, directory, exporter.port, config.monitor.prometheus_address)
+            yield Watch(watchdog, exporter)
+    except BaseException as error:
+        if not isinstance(error, Exception) or isinstance(error, PreemptedError):
+            linger_seconds = 0.0
+        raise
+    finally:
+        if exporter is not None:
+            exporter.close(linger_seconds)
+            target.unlink(missing_ok=True)
+
+
+def _announce(file: Path, run: Path, port: int | None, address: str) -> None:
+    """Write where this rank's metrics are, as Prometheus' ``file_sd_configs`` reads it."""
+    if port is None:
+        return
+    host = socket.getfqdn() if address in ("0.0.0.0", "::") else address
+    host = f"[{host}]" if ":" in host else host
+    group = {"targets": [f"{host}:{port}"], "labels": {"job": run.resolve().name}}
+    try:
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, json.dumps([group]).encode())
+    except OSError as error:  # on a machine that does not share the run's directory
+        _log.warning("%s cannot be written (%s); name the rank to Prometheus by hand.", file, error)
+
+
+def _exporter(config: Config, identity: Identity, watchdog: Watchdog) -> PrometheusSink | None:
+    if config.monitor.prometheus_port is None:
+        return None
+    port = config.monitor.prometheus_port
+    return PrometheusSink(
+        port + int(os.environ.get("LOCAL_RANK", "0")) if port else 0,
+        address=config.monitor.prometheus_address,
+        identity=identity,
+        probes={
+            "cmkd_train_phase_seconds_total": watchdog.phase_seconds,
+            "cmkd_data_workers": lambda: {"": float(workers.alive())},
+        },
+        health=watchdog.health,
+    )
