@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 from cmkd_scale.diagnostics.arrays import Floats, Integers
 
@@ -103,6 +102,8 @@ def _standardised_ranks(distances: Floats) -> Floats:
     others = distances[~np.eye(count, dtype=bool)].reshape(count, count - 1)
     # Rounding must not rank what is equal: orthogonal prototypes are all as far from each other.
     resolution = 1e-6 * max(float(others.max()), 1e-300)
+    from scipy.stats import rankdata  # takes half a second, which few stages need
+
     ranks = rankdata(np.round(others / resolution), axis=1)
     ranks -= ranks.mean(1, keepdims=True)
     ranks /= np.maximum(np.linalg.norm(ranks, axis=1, keepdims=True), 1e-300)

@@ -8,9 +8,10 @@ import signal
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -41,13 +42,13 @@ class Scraper:
         self.first = threading.Event()
         self.ended = threading.Event()
         self.texts: list[str] = []
-        self.group: Mapping[str, object] = {}
+        self.group: dict[str, Any] = {}
 
     def __call__(self) -> None:
         while not self.ended.wait(0.01):
             try:
                 (self.group,) = json.loads(self.target.read_text())
-                (target,) = self.group["targets"]  # type: ignore[misc]
+                (target,) = self.group["targets"]
                 url = f"http://{target}/metrics"
                 with urllib.request.urlopen(url, timeout=60) as answer:
                     self.texts.append(answer.read().decode())
