@@ -238,6 +238,9 @@ class MonitorConfig(Section):
     takes the next. Unset: no endpoint."""
     prometheus_address: str = "127.0.0.1"
     """Address that the endpoint listens on; ``0.0.0.0`` or ``::``: all."""
+    targets_dir: Path | None = None
+    """Where each process writes a file that leads Prometheus (``file_sd_configs``) to it; several
+    runs may share it. Unset: ``targets/`` in the run directory."""
     linger_seconds: float = Field(30.0, ge=0)
     """Longest that a process whose endpoint has been scraped waits at its end to be scraped once
     more, so that its last values are seen. Wants to be longer than the scrape interval."""

@@ -119,10 +119,16 @@ class PrometheusSink:
         self._feed(self._metrics["cmkd_train_step_duration_seconds"], "", seconds)
         self._feed(self._metrics["cmkd_data_wait_seconds_total"], "", waited_seconds)
 
-    def set(self, name: str, value: float) -> None:
-        """Set a gauge of this rank's without labels; one of another rank's is left alone."""
+    def set(self, name: str, value: float, *, once: bool = False) -> None:
+        """Set a gauge of this rank's without labels; one of another rank's is left alone.
+
+        Args:
+            name: of the metric.
+            value: in its unit.
+            once: keep the value that it has, if it has one.
+        """
         metric = self._metrics.get(name)
-        if metric is not None:
+        if metric is not None and not (once and name in self._families):
             series = self._series(metric, "")
             assert isinstance(series, Gauge)
             series.set(value)

@@ -66,7 +66,7 @@ def _introduce(
     exporter.log(trainer.step, {"samples_seen": float(samples), **restarts})
     exporter.set("cmkd_train_step", trainer.step)
     exporter.set("cmkd_train_planned_steps", config.train.steps)
-    exporter.set("cmkd_train_start_timestamp_seconds", time.time())
+    exporter.set("cmkd_train_start_timestamp_seconds", time.time(), once=True)
     exporter.set("cmkd_data_bad_samples_limit_ratio", config.data.max_bad_fraction)
     if config.monitor.deadline is not None:
         deadline = config.monitor.deadline.timestamp()
@@ -143,7 +143,7 @@ def watching(
         world_size=distributed.world_size(),
     )
     exporter = _exporter(config, identity, watchdog)
-    target = directory / TARGETS / f"rank_{identity.rank:05}.json"
+    target = _target_file(config, directory, identity.rank)
     linger_seconds = config.monitor.linger_seconds
     try:
         with watchdog:
@@ -160,15 +160,28 @@ def watching(
             target.unlink(missing_ok=True)
 
 
+def _target_file(config: Config, run: Path, rank: int) -> Path:
+    name = f"rank_{rank:05}.json"
+    shared = config.monitor.targets_dir
+    if shared is None:
+        return run / TARGETS / name
+    return shared / f"{_job(run).replace('/', '_')}_{name}"
+
+
+def _job(run: Path) -> str:
+    """What Prometheus calls a run: its directory's name alone is often that of a stage."""
+    return "/".join(run.resolve().parts[-2:])
+
+
 def _announce(file: Path, run: Path, port: int | None, address: str) -> None:
     """Write where this rank's metrics are, as Prometheus' ``file_sd_configs`` reads it."""
     if port is None:
         return
     host = socket.getfqdn() if address in ("0.0.0.0", "::") else address
     host = f"[{host}]" if ":" in host else host
-    group = {"targets": [f"{host}:{port}"], "labels": {"job": run.resolve().name}}
+    group = {"targets": [f"{host}:{port}"], "labels": {"job": _job(run)}}
     try:
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps([group]).encode())
     except OSError as error:  # on a machine that does not share the run's directory
         _log.warning("%s cannot be written (%s); name the rank to Prometheus by hand.", file, error)

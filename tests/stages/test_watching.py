@@ -35,11 +35,14 @@ def series(text: str) -> dict[str, float]:
 
 
 class Scraper:
-    """Scrapes a run from its first step to its end, like a server that finds it by its files."""
+    """Scrapes a run as often as it can, like a server that finds it by its file.
 
-    def __init__(self, run: Path) -> None:
-        self.target = run / TARGETS / "rank_00000.json"
-        self.first = threading.Event()
+    ``texts`` are those from the beginning of the last training on.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.another = threading.Event()
         self.ended = threading.Event()
         self.texts: list[str] = []
         self.group: dict[str, Any] = {}
@@ -52,21 +55,22 @@ class Scraper:
                 url = f"http://{target}/metrics"
                 with urllib.request.urlopen(url, timeout=60) as answer:
                     self.texts.append(answer.read().decode())
-                self.first.set()
+                self.another.set()
             except (FileNotFoundError, urllib.error.URLError, ConnectionError):
                 continue  # not yet, or no longer
 
 
 @contextmanager
-def scraped(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scraper]:
-    scraper = Scraper(run)
+def scraped(target: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scraper]:
+    scraper = Scraper(target)
     begin = Watch.sink
 
     def sink(self: Watch, *arguments: object) -> Sink:
         found = begin(self, *arguments)  # type: ignore[arg-type]
-        scraper.texts.clear()
-        scraper.first.clear()
-        assert scraper.first.wait(60)
+        for _ in range(2):  # one may have begun before
+            scraper.another.clear()
+            assert scraper.another.wait(60)
+        del scraper.texts[:-1]
         return found
 
     thread = threading.Thread(target=scraper)
@@ -83,13 +87,14 @@ def scraped(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scraper]:
 def test_the_last_scrape_says_what_the_log_says(
     story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = story.config(tmp_path / "run", monitor=PORT)
-    with scraped(tmp_path / "run", monkeypatch) as scraper:
+    shared = tmp_path / "targets"
+    config = story.config(tmp_path / "run", monitor={**PORT, "targets_dir": str(shared)})
+    with scraped(shared / f"{tmp_path.name}_run_rank_00000.json", monkeypatch) as scraper:
         student(config, console=False)
     seen = series(scraper.texts[-1])
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
-    assert scraper.group["labels"] == {"job": "run"}
+    assert scraper.group["labels"] == {"job": f"{tmp_path.name}/run"}
     assert seen["cmkd_train_step"] == seen["cmkd_train_planned_steps"] == steps[-1]["step"] == 12
     assert seen["cmkd_train_samples_total{text}"] == steps[-1]["samples_seen"]
     assert seen["cmkd_train_loss{total}"] == steps[-1]["loss"]
@@ -100,7 +105,7 @@ def test_the_last_scrape_says_what_the_log_says(
     assert seen["cmkd_checkpoint_interval_seconds"] == pytest.approx(4 * steps[-1]["step_seconds"])
     assert seen["cmkd_train_phase_seconds_total{evaluation}"] > 0
     assert seen["cmkd_data_bad_samples_limit_ratio"] == config.data.max_bad_fraction
-    assert not list((tmp_path / "run" / TARGETS).iterdir())
+    assert not list(shared.iterdir())
 
 
 def test_a_run_that_goes_on_counts_on(
@@ -121,7 +126,7 @@ def test_a_run_that_goes_on_counts_on(
         patch.setattr(Watch, "sink", lambda *arguments: Stopping(begin(*arguments)))
         with pytest.raises(PreemptedError):
             student(config, console=False)
-    with scraped(tmp_path / "run", monkeypatch) as scraper:
+    with scraped(tmp_path / "run" / TARGETS / "rank_00000.json", monkeypatch) as scraper:
         student(config, console=False)
     first, last = series(scraper.texts[0]), series(scraper.texts[-1])
     saved = int(first["cmkd_train_step"])
@@ -140,7 +145,7 @@ def test_the_guards_steps_show_that_the_run_lives_and_are_not_counted(
 ) -> None:
     guarded = {"guard": True, "guard_steps": 5}
     config = story.config(tmp_path / "run", monitor=PORT, method=guarded)
-    with scraped(tmp_path / "run", monkeypatch) as scraper:
+    with scraped(tmp_path / "run" / TARGETS / "rank_00000.json", monkeypatch) as scraper:
         student(config, console=False)
     before = series(scraper.texts[0])
     assert before["cmkd_train_step_duration_seconds_count"] == 5
