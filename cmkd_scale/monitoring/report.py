@@ -1,48 +1,34 @@
 """The report of runs: one self-contained HTML page, and its pictures as PNG files beside it.
 
 What a run directory lacks is left out of the page. Everything that comes from files is
-escaped by the template; the page holds no script and asks nothing of any server.
+escaped by the template; the page holds no script and asks nothing of any server, which its
+content security policy makes browsers keep to.
 """
 
 from __future__ import annotations
 
-import base64
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cmkd_scale.errors import UsageError
-from cmkd_scale.monitoring import report_plots
-from cmkd_scale.monitoring.report_analysis import (
-    Predictions,
-    confusion_counts,
-    hardest_pairs,
-    label_groups,
-    project,
-    read_predictions,
-    read_prototypes,
-)
-from cmkd_scale.monitoring.report_bound import bound_plot, bound_sentence, nats, read_bounds
+from cmkd_scale.monitoring.report_bound import nats
+from cmkd_scale.monitoring.report_compare import read_differences
+from cmkd_scale.monitoring.report_data import read_labels, read_streams
+from cmkd_scale.monitoring.report_faults import read_faults
 from cmkd_scale.monitoring.report_guard import read_guards
-from cmkd_scale.monitoring.report_runs import Group, Run, group_runs, load_runs
+from cmkd_scale.monitoring.report_pictures import Picture, draw_pictures
+from cmkd_scale.monitoring.report_progress import read_progress, read_speeds
+from cmkd_scale.monitoring.report_runs import Run, group_runs, load_runs
+from cmkd_scale.monitoring.report_svg import DARK, variable
 from cmkd_scale.monitoring.report_verdict import find_control, verdict
 
-_PAIRS_LISTED = 10
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG of the report."""
-
-    png: bytes
-    about: str
-    """What it shows, for those who cannot see it."""
-
-    @property
-    def uri(self) -> str:
-        """The picture as a data URI."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+_UNSEEN = re.compile(
+    # Control characters but tab and newline; halves of surrogate pairs; what turns the
+    # direction of the text after it, which would not end with the name that holds it.
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
@@ -62,9 +48,9 @@ def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
     """
     page, pictures = _compose(load_runs(runs))
     html = render(page)
-    files = {out: html.encode("utf-8", "xmlcharrefreplace")}
+    files = {out: html.encode()}
     for name, picture in pictures.items():
-        files[out.parent / "plots" / f"{name}.png"] = picture.png
+        files[out.parent / "plots" / f"{name}.png"] = picture.drawing.png
     try:
         for file, content in files.items():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +74,7 @@ def render(page: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cmkd_scale.monitoring"),
         autoescape=True,
+        finalize=_seen,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -98,138 +85,42 @@ def render(page: Mapping[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(page)
 
 
-def _compose(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, Picture]]:
+def _compose(runs: Sequence[Run]) -> tuple[dict[str, Any], Mapping[str, Picture]]:
     """Gather what the template shows, and the pictures by file name."""
     groups = group_runs(runs)
     compared = [group for group in groups if group.is_student] or groups
-    pictures: dict[str, Picture] = {}
-    if any(group.accuracies for group in compared):
-        about = "; ".join(f"{g.method} {100 * g.mean:.1f}%" for g in compared if g.accuracies)
-        pictures["accuracy"] = Picture(
-            report_plots.accuracy_plot(compared), f"Test accuracy by method: {about}"
-        )
-    logged = [group for group in compared if any(run.steps for run in group.runs)]
-    if panels := _panels(logged):
-        about = f"Learning curves: {', '.join(panels.values())} against the optimiser step"
-        pictures["learning_curves"] = Picture(report_plots.curves_plot(logged, panels), about)
-    confusion = _confusion(compared, pictures)
-    space = _map(compared, pictures)
-    bound = _bound(compared, pictures)
+    listed = [run for group in groups for run in group.runs]
+    control = find_control(compared)
+    pictures = draw_pictures(compared, control)
     page = {
         "verdict": verdict(compared),
         "groups": groups,
-        "control": find_control(compared),
-        "pictures": pictures,
-        "confusion": confusion,
-        "map": space,
-        "bound": bound,
+        "control": control,
+        "pictures": pictures.drawn,
+        "gains": pictures.gains,
+        "confusion": pictures.confusion,
+        "map": pictures.map,
+        "bound": pictures.bound,
         "guards": read_guards(compared),
-        "runs": [run for group in groups for run in group.runs],
+        "streams": read_streams(groups),
+        "labels": read_labels(groups),
+        "progress": read_progress(listed),
+        "speeds": read_speeds(listed),
+        "faults": read_faults(listed),
+        "differences": read_differences(listed),
+        "runs": listed,
         "versions": _versions(runs),
         "configs": [(g.method, g.runs[0].name, g.runs[0].config) for g in groups],
+        "colours": [(variable(light), light, dark) for light, dark in DARK.items()],
     }
-    return page, pictures
+    return page, pictures.drawn
 
 
-def _panels(groups: Sequence[Group]) -> dict[str, str]:
-    """Choose what the learning curves show: key of a logged step -> label of its axis.
-
-    Total losses of different methods have different summands, so the first component that
-    all methods have is shown beside them: that one can be compared.
-    """
-    keys = [
-        {key for run in group.runs for record in run.steps for key in record} for group in groups
-    ]
-    panels = {}
-    if any("loss" in found for found in keys):
-        panels["loss"] = "total loss (nats)"
-    if len(keys) > 1:
-        shared = sorted(key for key in set.intersection(*keys) if key.startswith("loss/"))
-        panels |= {key: f"{key.removeprefix('loss/')} (nats)" for key in shared[:1]}
-    if any("test/accuracy" in found for found in keys):
-        panels["test/accuracy"] = "test accuracy (share)"
-    return panels
-
-
-def _confusion(groups: Sequence[Group], pictures: dict[str, Picture]) -> dict[str, Any] | None:
-    """Draw and list the confusions of the best method that has predictions, seeds pooled."""
-    for group in groups:
-        found = _predictions(group)
-        if not found:
-            continue
-        names = found[0].label_names
-        counts = confusion_counts(found)
-        pictures["confusion"] = Picture(
-            report_plots.confusion_plot(counts, names, label_groups(names)),
-            f"Confusion matrix of {group.method}, {len(names)} classes",
-        )
-        pairs = [
-            (names[true], names[predicted], count, share)
-            for true, predicted, count, share in hardest_pairs(counts, _PAIRS_LISTED)
-        ]
-        return {"method": group.method, "runs": len(found), "pairs": pairs, "classes": len(names)}
-    return None
-
-
-def _predictions(group: Group) -> list[Predictions]:
-    """Predictions of the group's runs that name the same classes as the first one."""
-    found = [
-        predictions
-        for run in group.runs
-        if (predictions := read_predictions(run.path / "predictions.safetensors")) is not None
-        and predictions.labels.size
-    ]
-    return [predictions for predictions in found if predictions.label_names == found[0].label_names]
-
-
-def _map(groups: Sequence[Group], pictures: dict[str, Picture]) -> dict[str, Any] | None:
-    """Draw the map of the best run that has a memory and predictions; controls come last."""
-    for group in sorted(groups, key=lambda group: "/" in group.method):
-        for run in group.runs:
-            memory_file = _memory_file(run)
-            predictions = read_predictions(run.path / "predictions.safetensors")
-            if memory_file is None or predictions is None:
-                continue
-            memory = read_prototypes(memory_file)
-            plane = project(memory.prototypes, predictions.features)
-            if plane is None:
-                continue
-            names = sorted({*memory.class_names, *predictions.label_names})
-            group_of = dict(zip(names, label_groups(names), strict=True))
-            png = report_plots.map_plot(
-                plane,
-                [group_of[memory.class_names[c]] for c in memory.prototype_class],
-                [group_of[predictions.label_names[c]] for c in predictions.labels],
-            )
-            about = f"Teacher's prototypes and test features of {run.name} in two dimensions"
-            pictures["prototype_map"] = Picture(png, about)
-            share = sum(plane.variance_share)
-            caption = (
-                f"Large marks: the memory's {len(plane.prototypes)} prototypes in the plane of "
-                f"their first two principal components, which holds {share:.0%} of their variance. "
-                f"Small dots: {len(plane.features)} test features of {run.name}. Colour and letter "
-                "are the true label or, with more than 20 classes, its first character. Dots among "
-                "marks of their own colour: the student has taken over the teacher's structure."
-            )
-            return {"caption": caption}
-    return None
-
-
-def _bound(groups: Sequence[Group], pictures: dict[str, Picture]) -> dict[str, Any] | None:
-    """Draw and list where the error of each method with a teacher comes from."""
-    bounds = read_bounds(groups)
-    if not bounds:
-        return None
-    sentence = bound_sentence(bounds)
-    pictures["bound"] = Picture(bound_plot(bounds), f"Error by where it comes from: {sentence}")
-    return {"sentence": sentence, "rows": bounds}
-
-
-def _memory_file(run: Run) -> Path | None:
-    """Find the memory that a run recorded, seen from the run or from here."""
-    recorded = run.results.get("memory_file")
-    candidates = [run.path / recorded, Path(recorded)] if recorded else []
-    return next((file for file in candidates if file.is_file()), None)
+def _seen(value: object) -> object:
+    """Text with a mark in the place of each character that is not seen but does something."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):  # what is markup has been here
+        return value
+    return _UNSEEN.sub("\ufffd", value)
 
 
 def _versions(runs: Sequence[Run]) -> dict[str, str]:

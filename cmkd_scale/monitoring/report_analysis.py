@@ -43,6 +43,8 @@ class Prototypes:
     """[J, D]"""
     prototype_class: NDArray[np.int64]
     """[J]"""
+    class_count: NDArray[np.int64]
+    """[C] samples of the teacher's."""
 
 
 def read_predictions(file: Path) -> Predictions | None:
@@ -83,14 +85,15 @@ def read_prototypes(file: Path) -> Prototypes:
             names = _names((archive.metadata() or {})["class_names"])
             prototypes = archive.get_tensor("prototypes")
             classes = archive.get_tensor("prototype_class")
-        if prototypes.ndim != 2:
-            raise ValueError(f"prototypes have the shape {prototypes.shape}")
+            counts = archive.get_tensor("class_count")
+        if prototypes.ndim != 2 or counts.shape != (len(names),):
+            raise ValueError(f"shapes {prototypes.shape} and {counts.shape} do not fit")
         _check_classes(classes, len(prototypes), names)
     except (SafetensorError, KeyError, ValueError, TypeError, IndexError, OSError) as error:
         raise IntegrityError(
             f"{file} is damaged ({error}); build it again with `cmkd memory`."
         ) from None
-    return Prototypes(names, prototypes, classes)
+    return Prototypes(names, prototypes, classes, counts)
 
 
 def _names(text: str) -> tuple[str, ...]:

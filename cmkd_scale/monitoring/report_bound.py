@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from cmkd_scale.errors import IntegrityError
 from cmkd_scale.monitoring.report_runs import Group, Run
-from cmkd_scale.monitoring.report_style import GRID, INK, make_figure, short, styled, to_png
+from cmkd_scale.monitoring.report_style import GRID, INK, PAPER, SOFT, make_figure, short, styled
+from cmkd_scale.monitoring.report_svg import Drawing, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,7 +139,7 @@ def bound_sentence(bounds: Sequence[Bound]) -> str:
         f"{_ADVICE[largest]}"
     )
     if largest == "transfer_gap" and bound.worst:
-        sentence += f" (here {', '.join(bound.worst)})"
+        sentence += f" (here {', '.join(short(name) for name in bound.worst)})"
     if numbers["p_value"] > 0.05:
         sentence += (
             "; the student is no nearer to this teacher than to one whose classes are permuted "
@@ -153,7 +154,7 @@ def nats(value: float) -> str:
 
 
 @styled()
-def bound_plot(bounds: Sequence[Bound]) -> bytes:
+def bound_plot(bounds: Sequence[Bound]) -> Drawing:
     """Each method's error as a bar of its terms, twice, above what bounds the transfer gap."""
     figure, [axes] = make_figure(1.2 * len(bounds) + 1.75)
     limit = 1.3 * max(_reach(bound) for bound in bounds)
@@ -170,13 +171,13 @@ def bound_plot(bounds: Sequence[Bound]) -> bytes:
     small = [row + step for row in rows for step in (1.0, 1.9)]
     axes.set_yticks(small, ["without weight", "bounds"] * len(bounds), minor=True)
     axes.tick_params(axis="y", which="both", length=0)
-    axes.tick_params(axis="y", which="minor", labelcolor="#5b636d", labelsize=8)
+    axes.tick_params(axis="y", which="minor", labelcolor=SOFT, labelsize=8)
     axes.set_ylim(rows[-1] + 3.0, -0.8)
     axes.set_xlim(1.15 * lowest, limit)
     axes.set_xlabel("nats a test sample")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     _legend(figure)
-    return to_png(figure)
+    return draw(figure)
 
 
 def _legend(figure: Figure) -> None:
@@ -218,7 +219,7 @@ def _bar(axes: Axes, bound: Bound, kind: str, y: float, height: float) -> None:
     for name, (_, colour) in _PARTS.items():
         value = bound.numbers[kind + name]
         side = 1 if value >= 0 else -1
-        axes.barh(y, value, height, left=ends[side], color=colour, edgecolor="white", zorder=3)
+        axes.barh(y, value, height, left=ends[side], color=colour, edgecolor=PAPER, zorder=3)
         ends[side] += value
     risk = bound.numbers["risk"]
     axes.plot([risk, risk], [y - 0.62 * height, y + 0.62 * height], color=INK, lw=2, zorder=4)

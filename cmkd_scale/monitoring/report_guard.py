@@ -56,6 +56,16 @@ def read_guards(groups: Sequence[Group]) -> list[Guarded]:
     return found
 
 
+def run_trust(run: Run) -> float | None:
+    """How far one run trusted its teachers, mean over its memories; None without a guard.
+
+    Raises:
+        IntegrityError: its verdicts are malformed.
+    """
+    trusts = [_verdict(run, row)[0] for row in _rows(run)]
+    return statistics.fmean(trusts) if trusts else None
+
+
 def _rows(run: Run) -> list[Any]:
     rows = run.results.get("guard", [])
     if not isinstance(rows, list):

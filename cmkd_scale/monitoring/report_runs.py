@@ -22,6 +22,9 @@ CONTROLS = ("ce_ls", "ce")
 """Methods without a teacher that others are held against, the better control first."""
 
 _STUDENT = ("student", "")
+_USUAL_METHOD = {"teacher": "ce", "student": "ucmkd_global"}
+"""What a stage takes where ``method.name`` is unset; other stages have no method."""
+_BY_CLASS = "test/per_class_accuracy"
 _AGAIN = "start the stage on this run directory again to write it anew."
 _READABLE = ("results.json", "metrics.jsonl", "predictions.safetensors")
 
@@ -42,6 +45,45 @@ class Run:
     """``metrics.jsonl`` in file order."""
     config: str
     """``config.yaml`` as text, empty if missing."""
+    settings: Mapping[str, Any]
+    """The same, parsed."""
+    ranks: int | None
+    """Processes that it last ran on."""
+
+    @property
+    def label(self) -> str:
+        """The method of a student, the stage of anything else."""
+        return self.method if self.stage in _STUDENT else self.stage
+
+    @property
+    def class_accuracies(self) -> Mapping[str, float]:
+        """Test accuracy by class, of those that the test has samples of."""
+        found = self.results.get("metrics", {}).get(_BY_CLASS) or {}
+        return {name: share for name, share in found.items() if math.isfinite(share)}
+
+    @property
+    def skipped_in_test(self) -> int:
+        """Test samples left out as damaged."""
+        return int(self.metric("test/skipped") or 0)
+
+    @property
+    def memory_files(self) -> list[Path]:
+        """The memories that the run recorded and that are found, from the run or from here."""
+        recorded = self.results.get("memory_files") or [self.results.get("memory_file")]
+        places = [(self.path / name, Path(name)) for name in recorded if name]
+        found = [[place for place in pair if place.is_file()] for pair in places]
+        return [files[0] for files in found if files]
+
+    @property
+    def planned_steps(self) -> int | None:
+        """``train.steps``; None where the configuration is missing."""
+        steps = self.setting("train", "steps")
+        return steps if isinstance(steps, int) and steps > 0 else None
+
+    def setting(self, section: str, key: str) -> object:
+        """A value of the configuration; None where it is missing."""
+        values = self.settings.get(section)
+        return values.get(key) if isinstance(values, dict) else None
 
     def metric(self, name: str) -> float | None:
         """A number of ``results.json``'s ``metrics``; None if not measured or not finite."""
@@ -107,8 +149,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group students by method, other stages by stage; the most accurate first, students first."""
     by_method: dict[str, list[Run]] = {}
     for run in runs:
-        label = run.method if run.stage in _STUDENT else run.stage
-        by_method.setdefault(label, []).append(run)
+        by_method.setdefault(run.label, []).append(run)
     groups = [
         Group(method, tuple(sorted(group, key=lambda run: (run.seed or 0, str(run.path)))))
         for method, group in by_method.items()
@@ -143,17 +184,22 @@ def _load_run(path: Path, name: str) -> Run:
     steps = read_jsonl(steps_file) if steps_file.is_file() else []
     if not (steps or "metrics" in results or (path / "predictions.safetensors").is_file()):
         raise UsageError(_nothing_there(path))
-    config, method, seed = _read_config(path / "config.yaml")
-    environment = _read_object(path / "env.json")
+    environment = read_object(path / "env.json")
+    stage = str(results.get("stage") or environment.get("stage") or "")
+    config, settings = _read_config(path / "config.yaml")
+    method, seed = _method_and_seed(path / "config.yaml", settings, stage)
+    ranks = environment.get("world_size")
     return Run(
         path=path,
         name=name,
-        stage=str(results.get("stage") or environment.get("stage") or ""),
+        stage=stage,
         method=results.get("method", method),
         seed=results.get("seed", seed),
         results=results,
         steps=steps,
         config=config,
+        settings=settings,
+        ranks=ranks if isinstance(ranks, int) else None,
     )
 
 
@@ -168,8 +214,23 @@ def _nothing_there(path: Path) -> str:
     return f"{path} holds no logged step and no result, so there is nothing to report; {remedy}."
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one if there is no such file."""
+def number(record: Mapping[str, Any], key: str) -> float | None:
+    """A number of a logged step; None if it is not there or not finite."""
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one if there is no such file.
+
+    Raises:
+        IntegrityError: it is no JSON object.
+    """
     if not file.is_file():
         return {}
     try:
@@ -183,18 +244,25 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _read_results(file: Path) -> Mapping[str, Any]:
     """Return ``results.json`` with the types of what the report uses checked."""
-    results = _read_object(file)
+    results = read_object(file)
     for key in ("stage", "method", "memory_file", "memory_digest", "config_digest", "finished"):
         _expect(file, key, results.get(key), str)
-    for key in ("metrics", "versions"):
+    for key in ("metrics", "versions", "restarts"):
         _expect(file, key, results.get(key), dict)
     for key in ("seed", "steps"):
         _expect(file, key, results.get(key), int)
     _expect(file, "wall_seconds", results.get("wall_seconds"), (int, float))
     metrics = results.get("metrics") or {}
-    for key in ("test/accuracy", "test/cross_entropy"):
+    for key in ("test/accuracy", "test/cross_entropy", "test/skipped"):
         _expect(file, key, metrics.get(key), (int, float))
-    _expect(file, "test/per_class_accuracy", metrics.get("test/per_class_accuracy"), dict)
+    _expect(file, _BY_CLASS, metrics.get(_BY_CLASS), dict)
+    for name, share in (metrics.get(_BY_CLASS) or {}).items():
+        _expect(file, f"{_BY_CLASS} of {name}", share, (int, float))
+    for reason, times in (results.get("restarts") or {}).items():
+        _expect(file, f"restarts of {reason}", times, int)
+    _expect(file, "memory_files", results.get("memory_files"), list)
+    for name in results.get("memory_files") or []:
+        _expect(file, "a name in memory_files", name, str)
     _expect(file, "bound", metrics.get("bound"), list)
     return {key: value for key, value in results.items() if value is not None}
 
@@ -207,19 +275,37 @@ def _expect(file: Path, key: str, value: object, kind: type | tuple[type, ...]) 
         )
 
 
-def _read_config(file: Path) -> tuple[str, str, int | None]:
-    """Return the text of a resolved configuration, its method with control, and its seed."""
+def _read_config(file: Path) -> tuple[str, dict[str, Any]]:
+    """Return a resolved configuration as text and parsed; both empty if there is no such file."""
     if not file.is_file():
-        return "", "unknown", None
+        return "", {}
     try:
         text = file.read_text(encoding="utf-8")
-        sections = yaml.safe_load(text)
-        method = sections["method"]
-        control = method.get("control", "none")
-        name = str(method["name"]) if control == "none" else f"{method['name']}/{control}"
-        return text, name, int(sections["run"]["seed"])
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as err:
-        raise IntegrityError(
-            f"{file} is not the resolved configuration of a run ({err!r}); restore it or move it "
-            "away, the report does without."
-        ) from None
+        # Aliases, which no resolved configuration has, could stand for far more than they look.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases")
+        return text, dict(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise _no_config(file, error) from None
+
+
+def _method_and_seed(file: Path, settings: Mapping[str, Any], stage: str) -> tuple[str, int | None]:
+    """The method with its control, and the seed, that a configuration says."""
+    if not settings:
+        return "unknown", None
+    try:
+        method = settings["method"]
+        name, control = method.get("name"), method.get("control", "none")
+        if name is None:
+            name = _USUAL_METHOD.get(stage, "")
+        seed = int(settings["run"]["seed"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _no_config(file, error) from None
+    return f"{name}" if control == "none" else f"{name}/{control}", seed
+
+
+def _no_config(file: Path, error: Exception) -> IntegrityError:
+    return IntegrityError(
+        f"{file} is not the resolved configuration of a run ({error!r}); restore it or move it "
+        "away, the report does without."
+    )

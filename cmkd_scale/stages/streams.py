@@ -177,14 +177,15 @@ def compare_streams(
         known = memory.class_count * (memory.class_kept > 0)
         taught.update(dict(zip(memory.class_names, known.tolist(), strict=True)))
     modality = ", ".join(str(memory.provenance.get("modality", "teacher")) for memory in memories)
+    drawn_here = dict(zip(data.label_names, counts, strict=True))
     report = compare_labels(
         f"student ({data.reader.manifest.modality})",
-        dict(zip(data.label_names, counts, strict=True)),
+        drawn_here,
         f"memory ({modality})",
         dict(taught),
     )
     if distributed.is_main():
-        write_json(directory / LABELS, report.to_json())
+        write_json(directory / LABELS, {**report.to_json(), "counts_here": drawn_here})
         if say or not report.fits:
             for line in report.lines():
                 _log.info("%s", line)

@@ -72,7 +72,8 @@ def read(*runs: Path) -> list[Bound]:
 def cells(page: str, method: str) -> list[str]:
     """The row of a method in the section's table."""
     table = page[page.index("The error in numbers") :]
-    row = re.search(rf"<tr><td>{re.escape(method)}</td>(.*?)</tr>", table, re.DOTALL)
+    name = re.escape(method)
+    row = re.search(rf'<tr><td class="name">[^\n]*>{name}</span></td>(.*?)</tr>', table, re.DOTALL)
     assert row is not None
     return [
         " ".join(html.unescape(cell).split())
@@ -201,6 +202,7 @@ def test_any_numbers_can_be_drawn(values: list[float], methods: int) -> None:
     names += ["U1", "U2", "U3", "null_low", "null_high"]
     numbers = dict(zip(names, values, strict=True)) | {"null_value": 1.0}
     bounds = [Bound(f"$m_{n}$", 1, numbers, ()) for n in range(methods)]
-    png = bound_plot(bounds)
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    assert bound_plot(bounds) == png
+    drawing = bound_plot(bounds)
+    assert drawing.png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert "$m_0$" in drawing.svg
+    assert bound_plot(bounds) == drawing

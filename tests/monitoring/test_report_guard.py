@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from cmkd_scale.errors import IntegrityError
 from cmkd_scale.monitoring.report import write_report
-from cmkd_scale.monitoring.report_guard import read_guards
+from cmkd_scale.monitoring.report_guard import read_guards, run_trust
 from cmkd_scale.monitoring.report_runs import group_runs, load_runs
 
 
@@ -49,6 +50,16 @@ def test_a_method_is_the_mean_over_runs_and_memories(tmp_path: Path) -> None:
     assert (found["few"].trust, found["few"].z) == (0.0, None)
 
 
+def test_the_trust_of_a_run_is_the_mean_over_its_memories(tmp_path: Path) -> None:
+    runs = load_runs(
+        [
+            make_run(tmp_path / "a", "two", 0, [verdict(1.0, 10.0), verdict(0.5, None)]),
+            make_run(tmp_path / "b", "none", 0, []),
+        ]
+    )
+    assert [run_trust(run) for run in runs] == [0.75, None]
+
+
 def test_the_page_says_how_far_each_teacher_was_trusted(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", "right", 0, [verdict(1.0, 10.0)]),
@@ -57,8 +68,9 @@ def test_the_page_says_how_far_each_teacher_was_trusted(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     write_report(runs, page)
     section = page.read_text().split("How far the teacher was trusted")[1].split("</section>")[0]
-    rows = [row.split("</tr>")[0] for row in section.split("<tr><td>")[1:]]
-    assert [row.split("</td>")[0] for row in rows] == ["right", "right/permuted"]
+    rows = [row.split("</tr>")[0] for row in section.split("<tr><td")[1:]]
+    named = [re.findall(r">([^<]+)</span>", row) for row in rows]
+    assert named == [["right"], ["right/permuted"]]
     assert "100.0" in rows[0]
     assert "10.0 sd" in rows[0]
     assert "\u22120.5 sd" in rows[1]
