@@ -244,6 +244,10 @@ class MonitorConfig(Section):
     linger_seconds: float = Field(30.0, ge=0)
     """Longest that a process whose endpoint has been scraped waits at its end to be scraped once
     more, so that its last values are seen. Wants to be longer than the scrape interval."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default_factory=list
+    )
+    """Trackers that take every logged step, too, under one id however often the run is queued."""
     deadline: AwareDatetime | None = None
     """When the run should be through, with a time zone, as in ``2026-12-24T18:00:00Z``: exported,
     for an alert when it will be later."""

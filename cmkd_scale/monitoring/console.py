@@ -1,27 +1,44 @@
-"""A run on the console: a progress bar on a terminal, a few plain lines elsewhere."""
+"""A run on the console: a live screen on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
+import atexit
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import Progress
+from rich.text import Text
+
+from cmkd_scale.monitoring.console_footer import Footer, terminal_size
+from cmkd_scale.monitoring.console_screen import Place, screen, summary
+from cmkd_scale.monitoring.console_state import RunState
+from cmkd_scale.monitoring.console_words import duration
 
 _PLAIN_LINES = 20
 _LONG_SECONDS = 10.0
+_REFRESH_SECONDS = 0.5  # a drawing costs some 2 ms of the interpreter's time
 
 
 class ConsoleSink:
     """Progress for a person; without a terminal about twenty lines a run.
+
+    On a terminal a thread of its own draws at the bottom, and the loop only leaves numbers; logs
+    and other output scroll above. A run that ends well leaves one line, another one the screen as
+    it stood. What ends the process past ``atexit`` (``os._exit``) calls ``close`` before.
 
     Args:
         total_steps: steps of the whole run.
         title: what is running, for example the stage; shown first.
         resume_step: the step that the run continues from.
         console: where to write; standard error if None, so that stdout stays for ``--json``.
+        run: which run it is, in words: its directory.
+        place: where this process stands; asked for by another thread.
+        clock: seconds.
+        refresh_seconds: between two looks at the screen; 0: only ``draw`` draws.
     """
 
     def __init__(
@@ -31,42 +48,99 @@ class ConsoleSink:
         title: str = "",
         resume_step: int = 0,
         console: Console | None = None,
+        run: str = "",
+        place: Callable[[], Place] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        refresh_seconds: float = _REFRESH_SECONDS,
     ) -> None:
-        self._total = total_steps
         self._prefix = f"{title} " if title else ""
         self._stride = max(1, math.ceil(total_steps / _PLAIN_LINES))
         self._next_line = resume_step
         self._console = console or Console(stderr=True)
-        self._progress: Progress | None = None
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[summary]}", markup=False),
-                console=self._console,
-            )
-            self._task = self._progress.add_task(
-                title, total=total_steps, completed=resume_step, summary=""
-            )
-            self._progress.start()
+        self._place = place
+        self._clock = clock
+        self._state = RunState(
+            total_steps, began=clock(), title=title, run=run, resume_step=resume_step
+        )
+        self._lock = threading.Lock()  # of the state
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._footer = None if terminal_size(self._console) is None else Footer(self._console)
+        self._plain = self._footer is None
+        if self._footer is not None:
+            atexit.register(self.close)  # whatever ends the program, its terminal is free again
+            if refresh_seconds:
+                self._thread = threading.Thread(
+                    target=self._watch, args=(refresh_seconds,), name="console", daemon=True
+                )
+                self._thread.start()
+
+    def step(self, step: int, seconds: float, waited_seconds: float) -> None:
+        """Note that ``step`` has ended, how long it took, and how long it waited for data."""
+        with self._lock:
+            self._state.end_step(step, seconds, waited_seconds, self._clock())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Show the step; without a terminal only the first and one in each twentieth part."""
-        summary = _summary(values)
-        if not summary:
-            return  # for example the line of a checkpoint
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, summary=summary)
-        elif step >= self._next_line or step == self._total:
-            self._next_line = (step // self._stride + 1) * self._stride
-            line = f"{self._prefix}step {step}/{self._total} {summary}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        with self._lock:
+            self._state.log(step, values, self._clock())
+        if self._plain and (step >= self._next_line or step == self._state.total_steps):
+            line = summary(self._state, values)
+            if line:
+                self._next_line = (step // self._stride + 1) * self._stride
+                self._say(line)
+
+    def draw(self) -> None:
+        """Draw the screen as it is now, if there is one."""
+        if self._footer is not None:
+            self._footer.draw(self._lines(*self._footer.room()))
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._progress is not None:
-            self._progress.stop()
+        """Take the screen away and leave what is worth keeping of it; from any thread."""
+        footer = self._footer
+        if footer is None:
+            return
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        lines = self._lines(*footer.room())
+        with suppress(OSError):  # the terminal is gone
+            footer.clear()
+            self._footer = None
+            atexit.unregister(self.close)
+            state = self._state
+            if state.step < state.total_steps:
+                for line in lines:
+                    self._console.print(line, no_wrap=True)
+            else:
+                words = summary(state, {**state.values, "eta_seconds": math.nan})
+                self._say(f"{words}  in {duration(self._clock() - state.began)}".lstrip())
+
+    def _lines(self, width: int, height: int) -> list[Text]:
+        place = self._place() if self._place is not None else None
+        with self._lock:
+            return screen(
+                self._state,
+                self._clock(),
+                width,
+                height,
+                place=place,
+                ascii_only=self._console.options.ascii_only,
+            )
+
+    def _say(self, words: str) -> None:
+        """A plain line of where the run stands."""
+        state = self._state
+        line = f"{self._prefix}step {state.step}/{state.total_steps} {words}"
+        # Off a terminal a line is one line, however long.
+        self._console.print(line, markup=False, highlight=False, soft_wrap=self._plain)
+
+    def _watch(self, refresh_seconds: float) -> None:
+        """Draw until the end, or until the terminal is gone: no reason to end a run."""
+        with suppress(OSError):
+            self.draw()
+            while not self._ended.wait(refresh_seconds):
+                self.draw()
 
 
 @contextmanager
@@ -98,26 +172,3 @@ def counting(title: str, console: Console | None = None) -> Iterator[Callable[[i
 
     yield count
     console.print(f"{title}: {totals[0]:,}", markup=False, highlight=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as in ``1:02:03``."""
-    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
-
-
-def _summary(values: Mapping[str, float]) -> str:
-    """Return what follows the step on a console line; empty if nothing is to be shown."""
-    parts: list[str] = []
-    if "loss" in values:
-        parts.append(f"loss {values['loss']:.4g}")
-    if "learning_rate" in values:
-        parts.append(f"lr {values['learning_rate']:.2g}")
-    if "samples_per_second" in values:
-        parts.append(f"{values['samples_per_second']:,.0f} samples/s")
-    if math.isfinite(eta := values.get("eta_seconds", math.nan)):
-        parts.append(f"ETA {duration(eta)}")
-    if "test/accuracy" in values:
-        parts.append(f"test accuracy {values['test/accuracy']:.1%}")
-    return "  ".join(parts)

@@ -213,15 +213,23 @@ def alignment_options(config: Config) -> AlignmentOptions:
 @contextmanager
 def _sinks(run: Run, trainer: Trainer, checkpoint: Path | None) -> Iterator[Sinks]:
     """What takes steps on this rank."""
-    config = run.config
+    config, watchdog = run.config, run.watch.watchdog
     sinks: list[Sink] = [run.watch.sink(config, trainer, checkpoint)]
     if distributed.is_main():
         sinks.append(JsonlSink(run.directory / "metrics.jsonl", trainer.step))
         if run.console:
-            title = f"{run.recipe.stage} {run.recipe.method_name}"
-            sinks.append(ConsoleSink(config.train.steps, title=title, resume_step=trainer.step))
+            console = ConsoleSink(
+                config.train.steps,
+                title=f"{run.recipe.stage} {run.recipe.method_name}",
+                resume_step=trainer.step,
+                run=str(run.directory),
+                place=watchdog.beat,
+            )
+            watchdog.before_end = console.close  # or the terminal would keep its last lines
+            sinks.append(console)
     joined = Sinks(sinks)
     try:
         yield joined
     finally:
         joined.close()
+        watchdog.before_end = lambda: None

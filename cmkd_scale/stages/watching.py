@@ -9,17 +9,22 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config
 from cmkd_scale.data import workers
-from cmkd_scale.errors import PreemptedError
+from cmkd_scale.errors import PreemptedError, UsageError
 from cmkd_scale.files import write_atomically
+from cmkd_scale.monitoring import train_job
 from cmkd_scale.monitoring.exporter import Identity, PrometheusSink
+from cmkd_scale.monitoring.run_id import run_id
 from cmkd_scale.monitoring.sinks import Sink, Sinks
 from cmkd_scale.training.loop import Trainer
+from cmkd_scale.training.trackers import TrackerSink, check_trackers
 from cmkd_scale.training.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -34,9 +39,11 @@ class Watch:
 
     watchdog: Watchdog
     exporter: PrometheusSink | None = None
-    others: tuple[Sink, ...] = ()
+    run_id: str = ""
     counts: bool = True
     """Whether steps are the run's own; those of the guard's training only show that it lives."""
+    others: list[Sink] = field(default_factory=list)
+    """On rank 0, from the first step on: trackers, and the status of a TrainJob."""
 
     def beside(self) -> Watch:
         """The same for a training that is not the run's own."""
@@ -54,7 +61,25 @@ class Watch:
             return _Beside(self.exporter)
         if self.exporter is not None:
             _introduce(self.exporter, config, trainer, checkpoint)
+        for other in self.others:  # there are some after a rollback
+            if isinstance(other, TrackerSink):
+                other.roll_back(trainer.step)
+        if distributed.is_main() and not self.others:
+            self.others.extend(self._start_others(config, trainer.step))
         return _Own(self.exporter, Sinks(self.others), config.train.checkpoint_every_steps)
+
+    def _start_others(self, config: Config, step: int) -> Iterator[Sink]:
+        status = train_job.from_environment(config.train.steps, step)
+        if status is not None:
+            yield status
+        if config.monitor.trackers:
+            yield TrackerSink(
+                config.monitor.trackers,
+                Path(str(config.run.dir)),
+                run_id=self.run_id,
+                config=config.model_dump(mode="json"),
+                resume_step=step,
+            )
 
 
 def _introduce(
@@ -87,6 +112,7 @@ class _Own:
     def step(self, step: int, seconds: float, waited_seconds: float) -> None:
         if self._exporter is not None:
             self._exporter.step(step, seconds, waited_seconds)
+        self._others.step(step, seconds, waited_seconds)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self._exporter is not None:
@@ -133,9 +159,10 @@ def watching(
         method: that trains, if one does.
         modality: of the data.
     """
+    distributed.run_on_main(lambda: check_trackers(config.monitor.trackers))
     watchdog = Watchdog(config.run.watchdog_seconds, directory=directory)
     identity = Identity(
-        run_id="",
+        run_id=_run_id(directory),
         stage=stage,
         method=method,
         modality=modality,
@@ -144,20 +171,37 @@ def watching(
     )
     exporter = _exporter(config, identity, watchdog)
     target = _target_file(config, directory, identity.rank)
+    watch = Watch(watchdog, exporter, identity.run_id)
     linger_seconds = config.monitor.linger_seconds
     try:
         with watchdog:
             if exporter is not None:
                 _announce(target, directory, exporter.port, config.monitor.prometheus_address)
-            yield Watch(watchdog, exporter)
+            yield watch
     except BaseException as error:
         if not isinstance(error, Exception) or isinstance(error, PreemptedError):
             linger_seconds = 0.0
         raise
     finally:
+        Sinks(watch.others).close()
         if exporter is not None:
             exporter.close(linger_seconds)
             target.unlink(missing_ok=True)
+
+
+def _run_id(directory: Path) -> str:
+    """The run's id, on all ranks: a file system may show it late; a collective call."""
+    found: list[int] = []
+
+    def read() -> None:
+        try:
+            found.extend(run_id(directory).encode())
+        except OSError as error:
+            raise UsageError(f"The run's id cannot be written: {error}. Free space.") from None
+
+    distributed.run_on_main(read)
+    rows = torch.tensor(found, dtype=torch.int64).reshape(-1, 1)
+    return bytes(distributed.gather_rows(rows).flatten().tolist()).decode()
 
 
 def _target_file(config: Config, run: Path, rank: int) -> Path:

@@ -55,6 +55,8 @@ class Watchdog:
         """
         self.timeout_seconds = timeout_seconds
         self.directory = directory
+        self.before_end: Callable[[], None] = lambda: None
+        """Called before the process is ended, which no exit handler hears of."""
         self._step, self._phase, self._since = 0, "start", time.monotonic()
         self._spent = dict.fromkeys(("start", *PHASES), 0.0)
         self._ended = threading.Event()
@@ -133,6 +135,7 @@ class Watchdog:
                     self._told = {r: Beat(*json.loads(t)) for r, t in texts.items() if t}
 
     def _end(self, mine: Beat) -> None:
+        self.before_end()
         rank, ranks = distributed.rank(), distributed.world_size()
         path = self.directory / f"hang_rank_{rank}.txt"
         message = report(rank, mine, self._told, self.timeout_seconds, ranks)

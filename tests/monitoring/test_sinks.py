@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cmkd_scale.errors import IntegrityError
-from cmkd_scale.monitoring.console import ConsoleSink, counting
+from cmkd_scale.monitoring.console import counting
 from cmkd_scale.monitoring.jsonl import JsonlSink, read_jsonl
 from cmkd_scale.monitoring.sinks import Sinks
 
@@ -126,55 +125,6 @@ class TestJsonl:
         assert path.read_text() == before
         with pytest.raises(IntegrityError, match=r"metrics\.jsonl line 2"):
             read_jsonl(path)
-
-
-class TestConsole:
-    def lines(self, total: int, every: int, resume: int = 0) -> list[str]:
-        stream = io.StringIO()
-        sink = ConsoleSink(
-            total, title="student", resume_step=resume, console=Console(file=stream, width=40)
-        )
-        for step in range(resume + every, total + 1, every):
-            sink.log(step, {"loss": 1.23456, "samples_per_second": 812.4, "eta_seconds": 3700.0})
-            sink.log(step, {"checkpoint_seconds": 0.1})
-        sink.close()
-        return stream.getvalue().splitlines()
-
-    @pytest.mark.parametrize(
-        ("total", "every"), [(400, 10), (400, 1), (7, 1), (1_000_000, 1000), (100, 33)]
-    )
-    def test_without_a_terminal_few_plain_lines(self, total: int, every: int) -> None:
-        lines = self.lines(total, every)
-        assert min(total // every, 15) <= len(lines) <= 22
-        steps = [int(re.findall(r"step (\d+)/", line)[0]) for line in lines]
-        assert steps[0] == every
-        assert steps == sorted(set(steps))
-        assert steps[-1] == total // every * every or total % every
-
-    def test_a_plain_line_says_what_matters(self) -> None:
-        expected = "student step 10/400 loss 1.235  812 samples/s  ETA 1:01:40"
-        assert self.lines(400, 10)[0] == expected
-
-    def test_a_resumed_run_speaks_at_once(self) -> None:
-        assert "step 210/400" in self.lines(400, 10, resume=200)[0]
-
-    def test_class_names_and_brackets_are_no_markup(self) -> None:
-        stream = io.StringIO()
-        sink = ConsoleSink(1, title="[red]x[/red]", console=Console(file=stream))
-        sink.log(1, {"loss": 1.0})
-        assert stream.getvalue().startswith("[red]x[/red] step 1/1")
-
-    def test_on_a_terminal_a_bar(self) -> None:
-        stream = io.StringIO()
-        console = Console(file=stream, force_terminal=True, width=120)
-        sink = ConsoleSink(400, title="student", console=console)
-        sink.log(100, {"loss": 1.5, "learning_rate": 1e-3})
-        sink.log(100, {"checkpoint_seconds": 0.1})
-        sink.close()
-        text = stream.getvalue()
-        last = text.rsplit("student", 1)[1]
-        assert "100/400" in last
-        assert "loss 1.5  lr 0.001" in last
 
 
 def test_counted_work_without_a_terminal_is_one_line() -> None:

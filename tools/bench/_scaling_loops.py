@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from cmkd_scale import distributed
 from cmkd_scale.config_sections import TrainConfig
 from cmkd_scale.models.model import Model
 from cmkd_scale.monitoring.jsonl import JsonlSink, read_jsonl
-from cmkd_scale.monitoring.sinks import Sinks
+from cmkd_scale.monitoring.sinks import Sink, Sinks
 from cmkd_scale.records import Batch
 from cmkd_scale.training.distillation import Distillation
 from cmkd_scale.training.engine import Engine, Options
@@ -136,8 +136,12 @@ class Ours:
             ),
         )
 
-    def run(self, config: TrainConfig) -> list[float]:
+    def run(self, config: TrainConfig, beside: Sequence[Sink] = ()) -> list[float]:
         """Train for some steps more, in a run of their own; a collective call.
+
+        Args:
+            config: steps, schedule and rhythm.
+            beside: what takes steps beside the log file; closed at the end.
 
         Returns:
             Losses that were logged, means over the global batch; none on ranks that log nothing.
@@ -156,16 +160,16 @@ class Ours:
                 watchdog=dog,
             )
             file = directory / "metrics.jsonl"
-            sink = Sinks([JsonlSink(file)] if distributed.is_main() else [])
+            sink = Sinks([*([JsonlSink(file)] if distributed.is_main() else []), *beside])
             trainer.run(sink, preemption)
         sink.close()
         if not distributed.is_main():
             return []
         return [record["loss"] for record in read_jsonl(file)]
 
-    def __call__(self, config: TrainConfig) -> tuple[float, float]:
+    def __call__(self, config: TrainConfig, beside: Sequence[Sink] = ()) -> tuple[float, float]:
         """Seconds and CPU seconds a step of this process."""
-        self.run(config)
+        self.run(config, beside)
         return self._loader.marks.per_step()
 
 

@@ -98,7 +98,7 @@ def mean_over_ranks(losses: torch.Tensor) -> list[float]:
 
 
 def in_turns(loops: dict[str, Loop], config: TrainConfig, rounds: int) -> Rows:
-    """Time every loop once a round, after one that warms up; a collective call."""
+    """Time every loop once a round, after one that warms up, beside the first; collective."""
     wall: dict[str, list[float]] = {name: [] for name in loops}
     cpu: dict[str, list[float]] = {name: [] for name in loops}
     for turn in range(rounds + 1):
@@ -109,15 +109,16 @@ def in_turns(loops: dict[str, Loop], config: TrainConfig, rounds: int) -> Rows:
             everyone = distributed.gather_rows(mine)
             wall[name].append(float(everyone[:, 0].max()))
             cpu[name].append(float(everyone[:, 1].sum()))
+    base = next(iter(loops))
     return {
-        name: row(wall[name][1:], cpu[name][1:], wall[BARE][1:], cpu[BARE][1:]) for name in loops
+        name: row(wall[name][1:], cpu[name][1:], wall[base][1:], cpu[base][1:]) for name in loops
     }
 
 
 def row(
     wall: list[float], cpu: list[float], base_wall: list[float], base_cpu: list[float]
 ) -> dict[str, float]:
-    """Medians of a loop, as ratios to the bare one in the same round."""
+    """Medians of a loop, as ratios to the first one in the same round."""
     ratios = sorted(mine / base for mine, base in zip(wall, base_wall, strict=True))
     cpu_ratios = [mine / base for mine, base in zip(cpu, base_cpu, strict=True)]
     return {
