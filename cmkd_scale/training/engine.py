@@ -1,9 +1,9 @@
 """The door to Accelerate: device, processes, and the backend that a launch has asked for.
 
-The importer of ``accelerate`` (its trackers aside: ``trackers.py``). The same code runs alone, under ``accelerate launch`` and
-under torchrun; how the model is spread over processes is what Accelerate's config says
-(``launchers/accelerate``): one process, DDP, FSDP2, or DeepSpeed's ZeRO stages. A launch whose
-world is not what it seems is refused at once.
+The only importer of ``accelerate``, its trackers aside (``trackers.py``). The same code runs alone,
+under ``accelerate launch`` and under torchrun; how the model is spread over processes is what
+Accelerate's config says (``launchers/accelerate``): one process, DDP, FSDP2, or DeepSpeed's ZeRO
+stages. A launch whose world is not what it seems is refused at once.
 """
 
 from __future__ import annotations
