@@ -160,7 +160,7 @@ def test_a_kill_between_pass_and_memory_costs_no_second_pass(
     done = subprocess.run(
         [sys.executable, str(KILLED), "0", "15", "memory", "--config", str(file)],
         cwd=REPOSITORY,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

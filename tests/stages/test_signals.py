@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_a_signal_that_finds_a_stage_at_its_end_stops_the_next(
     done = subprocess.run(
         [sys.executable, "-c", WHILE_RESULTS_ARE_WRITTEN, *map(str, files)],
         cwd=REPOSITORY,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
