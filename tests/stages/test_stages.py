@@ -92,6 +92,7 @@ def test_a_student_run_holds_what_the_interface_promises(story: Story, tmp_path:
         "labels.json",
         "metrics.jsonl",
         "results.json",
+        "run_id",
         "checkpoints",
         "predictions.safetensors",
     }
