@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_stage(parsers, "student", verbs.student_verb, "train a student, aligned to a memory")
     _add_stage(parsers, "evaluate", verbs.evaluate_verb, "evaluate a trained run on its test split")
     _add_inspection(parsers)
+    _add_kubernetes(parsers)
     return parser
 
 
@@ -295,3 +296,42 @@ def _add_inspection(parsers: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: report.html in the first run"
     )
+
+
+def _add_kubernetes(parsers: Any) -> None:
+    parser = parsers.add_parser("kubernetes", help="run a chain of stages on a cluster")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    render = _verb(
+        actions,
+        "render",
+        verbs.kubernetes_render_verb,
+        "write the manifests of a stage and of those that it builds on",
+        "cmkd kubernetes render --config configs/numbers/student.yaml --kind jobset "
+        "--out deploy --nodes 2 --gpus-per-node 8",
+    )
+    render.add_argument("--config", type=Path, required=True, metavar="FILE", help="the last one's")
+    render.add_argument("--kind", choices=("jobset", "trainjob", "job"), required=True)
+    render.add_argument("--out", type=Path, required=True, metavar="DIR")
+    for name, metavar, text in (
+        ("name", "NAME", "of the objects; default: the directory that the runs share"),
+        ("image", "IMAGE", "default: cmkd-scale of this version, for cpu or cuda"),
+        ("namespace", "NAME", "default: kubectl's"),
+        ("queue", "NAME", "Kueue's local queue"),
+        ("pvc", "NAME", "claim that holds shards and runs; default: cmkd-runs"),
+        ("pvc-size", "SIZE", "render that claim, too"),
+        ("secret", "NAME", "its keys become environment variables"),
+        ("memory", "SIZE", "of a pod; default: 32Gi"),
+        ("shm", "SIZE", "of /dev/shm, a part of it; default: 8Gi"),
+        ("scratch", "SIZE", "of the cache of remote shards; default: 100Gi"),
+        ("interface", "NAME", "network between pods; default: eth0"),
+    ):
+        render.add_argument(f"--{name}", metavar=metavar, help=text)
+    for name, text in (
+        ("nodes", "pods of a stage; default: 1"),
+        ("gpus-per-node", "default: 0"),
+        ("processes-per-node", "without GPUs; default: 1"),
+        ("cpus-per-process", "default: 4"),
+        ("grace-seconds", "that a pod has to save when it must go; default: 600"),
+        ("max-restarts", "of a stage, less those after preemption; default: 10"),
+    ):
+        render.add_argument(f"--{name}", type=int, metavar="N", help=text)

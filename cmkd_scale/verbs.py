@@ -212,5 +212,16 @@ def report_verb(options: argparse.Namespace) -> None:
     _print(options, result, lambda: f"wrote {out}")
 
 
+def kubernetes_render_verb(options: argparse.Namespace) -> None:
+    """Write manifests."""
+    from cmkd_scale.operations.kubernetes import render
+
+    # What is left is the cluster's.
+    own = {"config", "kind", "out", "json", "debug", "run"}
+    cluster = {name: value for name, value in vars(options).items() if name not in own}
+    result = render(options.config, options.kind, options.out, **cluster)
+    _print(options, result, lambda: wording.manifest_lines(result))
+
+
 def _print(options: argparse.Namespace, value: dict[str, Any], text: Callable[[], str]) -> None:
     print(json.dumps(value) if options.json else text())

@@ -108,3 +108,11 @@ def checkpoint_lines(result: dict[str, Any]) -> str:
         )
 
     return "\n".join(map(line, result["checkpoints"]))
+
+
+def manifest_lines(result: dict[str, Any]) -> str:
+    """What was rendered, and what has to be there before it is applied."""
+    lines = [f"{result['kind']} {result['name']}: {', then '.join(result['stages'])}"]
+    lines += [f"wrote {file}" for file in result["files"]]
+    lines += [f"{run} must be on the claim: no config here makes it" for run in result["expects"]]
+    return "\n".join(lines)

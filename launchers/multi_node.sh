@@ -25,7 +25,7 @@ done
 choose_backend
 case "${BACKEND:-ddp}" in zero*) backend+=(--deepspeed_multinode_launcher standard) ;; esac
 
-exec "$python" -m accelerate.commands.accelerate_cli launch "${backend[@]}" \
+exec "$python" -P "$here/accelerate_launch.py" launch "${backend[@]}" \
   --num_machines "$NODES" --num_processes "$((NODES * processes))" --machine_rank "$NODE_RANK" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "${MASTER_PORT:-29500}" \
   --rdzv_backend static \

@@ -8,6 +8,6 @@ more_usage="  BACKEND=NAME  ddp (default), fsdp2, zero1, zero2, zero3, zero3_off
 source "$here/common.sh"
 choose_backend
 
-exec "$python" -m accelerate.commands.accelerate_cli launch \
+exec "$python" -P "$here/accelerate_launch.py" launch \
   "${backend[@]}" --num_processes "$processes" --num_machines 1 --main_process_port "${MASTER_PORT:-0}" \
   -m cmkd_scale "$1" --config "$2" "${@:3}"
