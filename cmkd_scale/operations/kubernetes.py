@@ -151,16 +151,19 @@ def _chain(file: Path) -> tuple[list[tuple[str, Config]], list[str]]:
     found: dict[Path, tuple[str, Config]] = {}
     expects: list[str] = []
 
-    def follow(config: Config) -> None:
+    def follow(config: Config, later: tuple[Path, ...]) -> None:
         config.require("run.dir")
+        own = Path(str(config.run.dir))
+        if own in later:
+            raise UsageError(f"The run {own} builds on itself: see memory.run and teacher.run.")
         for run in _builds_on(config):
             if run in neighbours and run not in found:
-                follow(neighbours[run])
+                follow(neighbours[run], (*later, own))
             elif run not in found and str(run) not in expects:
                 expects.append(str(run))
-        found[Path(str(config.run.dir))] = (_verb(config), config)
+        found[own] = (_verb(config), config)
 
-    follow(load_config(file))
+    follow(load_config(file), ())
     return list(found.values()), expects
 
 
@@ -172,7 +175,7 @@ def _neighbours(file: Path) -> dict[Path, Config]:
             config = load_config(other)
         except UsageError:
             continue
-        if config.run.dir is not None and other.resolve() != file.resolve():
+        if config.run.dir is not None:
             found[config.run.dir] = config
     return found
 

@@ -187,4 +187,3 @@ KINDS: dict[str, Callable[[list[Stage], Options], dict[str, list[Manifest]]]] = 
     "job": jobs,
 }
 """Kind -> what renders it: manifests by file name."""
-

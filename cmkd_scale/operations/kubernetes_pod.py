@@ -280,8 +280,6 @@ def _container(name: str, options: Options) -> Manifest:
         "NCCL_SOCKET_IFNAME": options.interface,
         "GLOO_SOCKET_IFNAME": options.interface,
         "OMP_NUM_THREADS": str(options.cpus_per_process),
-        "CMKD_CACHE": "/cache",
-        "HOME": "/tmp",
     }
     made: Manifest = {
         "name": name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -24,15 +23,10 @@ from cmkd_scale.config import Config
 from cmkd_scale.errors import PreemptedError
 from cmkd_scale.stages.student import student
 from tests.conftest import REPOSITORY, kill_tree
+from tests.namespaces import ADDRESSES, CARD, ip, two_namespaces
 from tests.stages.conftest import Story
 
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
-CARD = "cmkd-link"
 MULTI_NODE = REPOSITORY / "launchers" / "multi_node.sh"
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
 
 
 @dataclass
@@ -109,25 +103,8 @@ class Machines:
 
 @pytest.fixture
 def machines() -> Iterator[Machines]:
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        pytest.skip("network namespaces need root and iproute2")
-    names = (f"cmkd-{os.getpid()}-0", f"cmkd-{os.getpid()}-1")
-    try:
-        try:
-            for name in names:
-                ip("netns", "add", name)
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr!r}")
-        ends = ("type", "veth", "peer", "name", CARD, "netns", names[1])
-        ip("link", "add", CARD, "netns", names[0], *ends)
-        for name, address in zip(names, ADDRESSES, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", CARD)
-            ip("-n", name, "link", "set", CARD, "up")
-            ip("-n", name, "link", "set", "lo", "up")
+    with two_namespaces() as names:
         yield Machines(names)
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 def write_config(story: Story, run: Path, **train: Any) -> Path:
