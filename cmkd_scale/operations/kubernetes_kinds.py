@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cmkd_scale.errors import EXIT_INTEGRITY, EXIT_PREEMPTED, EXIT_USAGE
 from cmkd_scale.operations.kubernetes_pod import (
     APP,
     MASTER_PORT,
@@ -16,7 +17,6 @@ from cmkd_scale.operations.kubernetes_pod import (
     Stage,
     arguments,
     base_pod,
-    job_spec,
     metadata,
     mounts,
     pod_labels,
@@ -40,7 +40,7 @@ def jobset(stages: list[Stage], options: Options) -> dict[str, list[Manifest]]:
         if replicated:
             made["dependsOn"] = [{"name": replicated[-1]["name"], "status": "Complete"}]
         # Any failure that counts is one of the whole set, which starts all of its pods again.
-        made["template"] = {"spec": job_spec(pod, options, backoff_limit=0)}
+        made["template"] = {"spec": _job_spec(pod, options, backoff_limit=0)}
         replicated.append(made)
     spec = {
         **_gang(options),
@@ -95,7 +95,7 @@ def _runtime(name: str, options: Options) -> Manifest:
         "name": _NODE,
         "template": {
             "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
-            "spec": job_spec(pod, options, backoff_limit=0),
+            "spec": _job_spec(pod, options, backoff_limit=0),
         },
     }
     return {
@@ -172,13 +172,48 @@ def _job(stage: Stage, options: Options) -> Manifest:
     pod = stage_pod(stage, options, master=f"{name}-0.{name}", subdomain=name)
     # One that is lost takes the others with it, and each of them counts.
     limit = options.max_restarts * options.nodes
-    spec = job_spec(pod, options, backoff_limit=limit)
+    spec = _job_spec(pod, options, backoff_limit=limit)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": metadata(name, options, **queue_labels(options)),
         "spec": {**spec, "ttlSecondsAfterFinished": _KEEP_SECONDS},
     }
+
+
+def _job_spec(pod: Manifest, options: Options, *, backoff_limit: int) -> Manifest:
+    """Spec of an Indexed Job with a pod on each node.
+
+    What the exit code says decides: after 138, or when the cluster takes a pod away, the pod is
+    replaced and nothing counted; after 2 or 42 it would fail again.
+
+    Args:
+        pod: template of its pods.
+        options: of the cluster.
+        backoff_limit: other failures of pods that the job survives.
+    """
+    return {
+        "completionMode": "Indexed",
+        "completions": options.nodes,
+        "parallelism": options.nodes,
+        "backoffLimit": backoff_limit,
+        "podReplacementPolicy": "Failed",  # a gang has no two pods of one rank
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": _exit_codes(EXIT_USAGE, EXIT_INTEGRITY)},
+                {"action": "Ignore", "onExitCodes": _exit_codes(EXIT_PREEMPTED)},
+                {
+                    "action": "Ignore",
+                    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                },
+            ]
+        },
+        "template": pod,
+    }
+
+
+def _exit_codes(*codes: int) -> Manifest:
+    return {"operator": "In", "values": list(codes)}
 
 
 KINDS: dict[str, Callable[[list[Stage], Options], dict[str, list[Manifest]]]] = {

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmkd_scale.config import Config
-from cmkd_scale.errors import EXIT_INTEGRITY, EXIT_PREEMPTED, EXIT_USAGE
 
 Manifest = dict[str, Any]
 
@@ -115,41 +114,6 @@ def queue_labels(options: Options) -> dict[str, str]:
 def arguments(stage: Stage) -> list[str]:
     """Of the entry point."""
     return [stage.verb, f"{CONFIGS}/{stage.name}.yaml"]
-
-
-def job_spec(pod: Manifest, options: Options, *, backoff_limit: int) -> Manifest:
-    """Spec of an Indexed Job with a pod on each node.
-
-    What the exit code says decides: after 138, or when the cluster takes a pod away, the pod is
-    replaced and nothing counted; after 2 or 42 it would fail again.
-
-    Args:
-        pod: template of its pods.
-        options: of the cluster.
-        backoff_limit: other failures of pods that the job survives.
-    """
-    return {
-        "completionMode": "Indexed",
-        "completions": options.nodes,
-        "parallelism": options.nodes,
-        "backoffLimit": backoff_limit,
-        "podReplacementPolicy": "Failed",  # a gang has no two pods of one rank
-        "podFailurePolicy": {
-            "rules": [
-                {"action": "FailJob", "onExitCodes": _exit_codes(EXIT_USAGE, EXIT_INTEGRITY)},
-                {"action": "Ignore", "onExitCodes": _exit_codes(EXIT_PREEMPTED)},
-                {
-                    "action": "Ignore",
-                    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
-                },
-            ]
-        },
-        "template": pod,
-    }
-
-
-def _exit_codes(*codes: int) -> Manifest:
-    return {"operator": "In", "values": list(codes)}
 
 
 def torchrun_variables(master: str, options: Options) -> list[Manifest]:

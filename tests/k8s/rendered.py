@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from cmkd_scale.operations.kubernetes import render
@@ -32,6 +33,8 @@ CLUSTERS: dict[str, dict[str, Any]] = {
     },
 }
 """Options of two clusters that between them use all that may be left out."""
+BASE_OPTIONS: dict[str, Any] = {"nodes": 2, "pvc_size": "20Gi"}
+"""Of k8s/base; as its kustomization.yaml tells."""
 RENDERED = [(kind, cluster) for kind in KINDS for cluster in CLUSTERS]
 
 
@@ -114,6 +117,11 @@ def _train(job: Manifest, runtime: Manifest) -> Manifest:
     return spec
 
 
+def pod_of(job: Manifest) -> Manifest:
+    """The spec of a job's pods."""
+    return dict(job["template"]["spec"])
+
+
 def container_of(job: Manifest) -> Manifest:
     """The one container of a job's pods."""
     (container,) = job["template"]["spec"]["containers"]
@@ -148,3 +156,19 @@ def image_variables(target: str = "cpu") -> dict[str, str]:
             for line in re.findall(r"^ENV (.*)$", stage, flags=re.MULTILINE):
                 found |= dict(word.split("=", 1) for word in line.split())
     return found
+
+
+def sources() -> dict[str, tuple[list[Manifest], dict[str, Any]]]:
+    """All sets of manifests with the options that they were rendered for."""
+    found = {f"{kind}-{c}": (rendered(kind, c), CLUSTERS[c]) for kind, c in RENDERED}
+    lying = [each for objects in read(BASE).values() for each in objects]
+    return {**found, "base": (lying, BASE_OPTIONS)}
+
+
+def every_job() -> list[Any]:
+    """Parameters of a test: the spec of each job of all sets, and its options."""
+    return [
+        pytest.param(spec, options, id=f"{source}-{name}")
+        for source, (manifests, options) in sources().items()
+        for name, spec in job_specs(manifests).items()
+    ]

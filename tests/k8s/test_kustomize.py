@@ -13,10 +13,8 @@ import yaml
 
 from cmkd_scale import __version__
 from tests.conftest import REPOSITORY
-from tests.k8s.rendered import BASE, Manifest, read, render_again
+from tests.k8s.rendered import BASE, BASE_OPTIONS, Manifest, read, render_again
 
-# As in k8s/base/kustomization.yaml.
-OPTIONS: dict[str, Any] = {"nodes": 2, "pvc_size": "20Gi"}
 OVERLAYS: dict[str, dict[str, Any]] = {
     "base": {},
     "overlays/gpu": {"gpus_per_node": 1},
@@ -54,7 +52,7 @@ def by_name(manifests: list[Manifest]) -> dict[tuple[str, str], Manifest]:
 
 def test_the_base_is_rendered_and_nothing_else() -> None:
     lying = [each for objects in read(BASE).values() for each in objects]
-    assert by_name(lying) == by_name(render_again("jobset", **OPTIONS))
+    assert by_name(lying) == by_name(render_again("jobset", **BASE_OPTIONS))
     listed = yaml.safe_load((BASE / "kustomization.yaml").read_text())["resources"]
     assert sorted(listed) == sorted(read(BASE))
     # The command that a reader is told is the one that was run here.
@@ -65,7 +63,7 @@ def test_the_base_is_rendered_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("directory", OVERLAYS)
 def test_an_overlay_gives_what_is_rendered(kubectl: Path, directory: str) -> None:
-    wanted = render_again("jobset", **OPTIONS, **OVERLAYS[directory])
+    wanted = render_again("jobset", **BASE_OPTIONS, **OVERLAYS[directory])
     assert by_name(built(kubectl, directory)) == by_name(wanted)
 
 

@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 from kubeflow_trainer_api import models
 
-from tests.k8s.rendered import BASE, RENDERED, Manifest, job_specs, read, rendered
+from tests.k8s.rendered import RENDERED, Manifest, job_specs, rendered, sources
 
 # The oldest and the newest release that the features in use are stable in.
 VERSIONS = ("1.31", "1.37")
@@ -22,11 +22,9 @@ MODELS: dict[str, Any] = {
 
 def every_manifest() -> list[Any]:
     """All that is rendered and all that lies in k8s/base, each with a name for people."""
-    sources = {f"{kind}-{cluster}": rendered(kind, cluster) for kind, cluster in RENDERED}
-    sources["base"] = [each for objects in read(BASE).values() for each in objects]
     return [
         pytest.param(each, id=f"{source}-{each['kind']}-{each['metadata']['name']}")
-        for source, manifests in sources.items()
+        for source, (manifests, _) in sources().items()
         for each in manifests
     ]
 
