@@ -39,7 +39,7 @@ def open_run(config: Config, stage: str) -> Path:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _lock(directory)
-            _check_same_run(directory, config, stage)
+            check_same_run(directory, config, stage)
             write_atomically(directory / "env.json", to_json(_environment(stage)))
             save_config(config, directory / "config.yaml")
         except OSError as error:
@@ -159,7 +159,7 @@ def _environment(stage: str) -> dict[str, Any]:
     }
 
 
-def _check_same_run(directory: Path, config: Config, stage: str) -> None:
+def check_same_run(directory: Path, config: Config, stage: str) -> None:
     """Refuse to continue a run under another stage or configuration."""
     if not (directory / "config.yaml").exists():
         return

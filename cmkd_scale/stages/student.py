@@ -33,12 +33,22 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
         UsageError: the method needs a memory that is not given, or one that does not fit.
         IntegrityError: the memory, the shards or a checkpoint are damaged.
     """
+    return train(config, student_recipe(config), console=console)
+
+
+def student_recipe(config: Config) -> Recipe:
+    """What the config asks of a student, with its memories; a collective call with a live teacher.
+
+    Raises:
+        UsageError: see ``student``.
+        IntegrityError: a memory or the teacher is damaged.
+    """
     name = config.method.name or DEFAULT_METHOD
     method = resolve_method(name, config.method.weights)
     control = config.method.control
     # The width is the memory's even for a method without a teacher, so that the models of a
     # comparison are the same.
-    paths = _memory_files(config.memory.run)
+    paths = memory_files(config.memory.run)
     memories = [load_memory(path) for path in paths]
     check_needs(
         name,
@@ -67,7 +77,7 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
         width = teacher.spec.feature_dim
     if control != "none" and not method.needs_memory:
         _log.warning("method.control=%s changes nothing: %s has no teacher.", control, name)
-    recipe = Recipe(
+    return Recipe(
         stage="student",
         method_name=name if control == "none" or not method.needs_memory else f"{name}/{control}",
         method=method,
@@ -80,7 +90,6 @@ def student(config: Config, *, console: bool = True) -> dict[str, Any]:
         guarded=method.needs_memory
         and (method.guarded if config.method.guard is None else config.method.guard),
     )
-    return train(config, recipe, console=console)
 
 
 def _live_teacher(config: Config) -> Trained:
@@ -97,7 +106,7 @@ def _live_teacher(config: Config) -> Trained:
     return teacher
 
 
-def _memory_files(run: Path | list[Path] | None) -> list[Path]:
+def memory_files(run: Path | list[Path] | None) -> list[Path]:
     """The files of ``memory.run``."""
     paths = [] if run is None else run if isinstance(run, list) else [run]
     return [path / FILE_NAME if path.is_dir() else path for path in paths]

@@ -20,6 +20,15 @@ def teacher(config: Config, *, console: bool = True) -> dict[str, Any]:
     Raises:
         UsageError: the method is one that has a teacher itself.
     """
+    return train(config, teacher_recipe(config), console=console)
+
+
+def teacher_recipe(config: Config) -> Recipe:
+    """What the config asks of a teacher.
+
+    Raises:
+        UsageError: see ``teacher``.
+    """
     name = config.method.name or DEFAULT_METHOD
     method = resolve_method(name, config.method.weights)
     if method.needs_memory:
@@ -27,10 +36,9 @@ def teacher(config: Config, *, console: bool = True) -> dict[str, Any]:
             f"method.name={name} learns from a memory, and a teacher is trained by its labels "
             "alone: use method.name=ce, or the verb `cmkd student`."
         )
-    recipe = Recipe(
+    return Recipe(
         stage="teacher",
         method_name=name,
         method=method,
         feature_dim=config.model.feature_dim or DEFAULT_FEATURE_DIM,
     )
-    return train(config, recipe, console=console)

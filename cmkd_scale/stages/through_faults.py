@@ -26,7 +26,7 @@ from cmkd_scale.training.alignment_options import AlignmentOptions
 from cmkd_scale.training.checkpoint import Checkpoint, blob_name, load_newest
 from cmkd_scale.training.distillation import Distillation
 from cmkd_scale.training.divergence import DivergedError
-from cmkd_scale.training.engine import Engine, Options, State
+from cmkd_scale.training.engine import Engine, Options
 from cmkd_scale.training.loop import Trainer
 from cmkd_scale.training.method import Method
 from cmkd_scale.training.preemption import Preemption
@@ -117,7 +117,8 @@ def _make_trainer(run: Run, before: Trainer | None) -> tuple[Trainer, Path | Non
     found = load_newest(checkpoints)
     checkpoint = found[0] if found is not None else None
     _check_newest(checkpoint)
-    _prepare(run, None if checkpoint is None else checkpoint.files)
+    state = None if checkpoint is None else checkpoint.files
+    run.engine.prepare(make_module(run), engine_options(config), state)
     teacher = run.recipe.teacher
     loader = make_loader(config, run.recipe.method, teacher, run.data, directory)
     blobs = {}
@@ -167,8 +168,8 @@ def _check_newest(found: Checkpoint | None) -> None:
         )
 
 
-def _prepare(run: Run, state: State | None) -> None:
-    """Model and losses, as they begin or as a checkpoint has them, in the engine."""
+def make_module(run: Run) -> Distillation:
+    """Model and losses as they begin, on the CPU."""
     config, options = run.config, alignment_options(run.config)
     torch.manual_seed(config.run.seed)
     model = run.spec.build()
@@ -181,26 +182,27 @@ def _prepare(run: Run, state: State | None) -> None:
         MemoryTargets(memory, steps=config.train.steps, options=options, needs=method.needs)
         for memory in run.memories
     ]
-    run.engine.prepare(
-        Distillation(
-            model,
-            method,
-            targets,
-            live=make_live(method, teacher, run.spec.label_names),
-            cohort=make_cohort(method, run.spec, config.run.seed),
-            sizes=sizes_of(method, model, run.spec, teacher),
-            trust=run.trust,
-            autocast=run.engine.compute,
-        ),
-        Options(
-            global_batch_size=config.train.global_batch_size,
-            parts=config.train.gradient_accumulation_steps,
-            weight_decay=config.train.weight_decay,
-            layer_decay=config.train.layer_decay,
-            clip=config.train.gradient_clip_norm,
-            ema_decay=config.train.ema_decay,
-        ),
-        state,
+    return Distillation(
+        model,
+        method,
+        targets,
+        live=make_live(method, teacher, run.spec.label_names),
+        cohort=make_cohort(method, run.spec, config.run.seed),
+        sizes=sizes_of(method, model, run.spec, teacher),
+        trust=run.trust,
+        autocast=run.engine.compute,
+    )
+
+
+def engine_options(config: Config) -> Options:
+    """How the config trains a module."""
+    return Options(
+        global_batch_size=config.train.global_batch_size,
+        parts=config.train.gradient_accumulation_steps,
+        weight_decay=config.train.weight_decay,
+        layer_decay=config.train.layer_decay,
+        clip=config.train.gradient_clip_norm,
+        ema_decay=config.train.ema_decay,
     )
 
 

@@ -49,7 +49,7 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
         _check_labels(data, test)
         directory = open_run(config, recipe.stage)
         spec = make_spec(config, data, recipe.feature_dim)
-        memories = _memories(config, recipe, spec)
+        memories = taught_memories(config, recipe, spec)
         compare_streams(config, data, recipe.memories, directory, say=console)
         with watching(
             config,
@@ -97,7 +97,7 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
             )
 
 
-def _memories(config: Config, recipe: Recipe, spec: ModelSpec) -> list[PrototypeMemory]:
+def taught_memories(config: Config, recipe: Recipe, spec: ModelSpec) -> list[PrototypeMemory]:
     """The memories that the student is taught by, in its classes; a collective call.
 
     Raises:
