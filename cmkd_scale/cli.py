@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmkd_scale import __version__, verbs
+from cmkd_scale import __version__, arguments, verbs
 from cmkd_scale.errors import EXIT_DONE, EXIT_FAULT, CmkdError
 
 Run = Callable[[argparse.Namespace], None]
@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_stage(parsers, "student", verbs.student_verb, "train a student, aligned to a memory")
     _add_stage(parsers, "evaluate", verbs.evaluate_verb, "evaluate a trained run on its test split")
+    _add_before(parsers)
     _add_inspection(parsers)
     _add_kubernetes(parsers)
     return parser
@@ -239,6 +240,37 @@ def _add_stage(parsers: Any, name: str, run: Run, summary: str) -> None:
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE")
     parser.add_argument("pairs", nargs="*", metavar="section.key=value")
+
+
+def _add_before(parsers: Any) -> None:
+    """Verbs that look at a run before it is started."""
+    config = "configs/debug/student.yaml"
+    doctor = _verb(
+        parsers,
+        "doctor",
+        verbs.doctor_verb,
+        "what would end a run in hour three, found in its first minute",
+        f"cmkd doctor --config {config}",
+    )
+    plan = _verb(
+        parsers,
+        "plan",
+        verbs.plan_verb,
+        "memory and time of a run on another cluster, from a few steps measured here",
+        f"cmkd plan --config {config} --nodes 64 --devices-per-node 8 "
+        "train.global_batch_size=30720",
+    )
+    for parser in (doctor, plan):
+        parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+        parser.add_argument("--stage", metavar="VERB", help="default: what the config is for")
+        parser.add_argument(
+            "--price-per-hour",
+            type=arguments.positive,
+            metavar="X",
+            help="of all machines together",
+        )
+        parser.add_argument("pairs", nargs="*", metavar="section.key=value")
+    arguments.add_cluster(plan)
 
 
 def _add_inspection(parsers: Any) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from cmkd_scale import wording
+from cmkd_scale import arguments, wording
 
 
 def quickstart_verb(options: argparse.Namespace) -> None:
@@ -200,6 +201,46 @@ def checkpoint_info_verb(options: argparse.Namespace) -> None:
     result = info(options.directory)
 
     _print(options, result, lambda: wording.checkpoint_lines(result))
+
+
+def doctor_verb(options: argparse.Namespace) -> None:
+    """Look at a run before it is started."""
+    from cmkd_scale import distributed
+    from cmkd_scale.errors import CmkdError
+    from cmkd_scale.operations.doctor import doctor
+
+    report = doctor(
+        options.config, options.pairs, stage=options.stage, price_per_hour=options.price_per_hour
+    )
+    # A rank that has not met the others speaks for itself.
+    if distributed.is_main():
+        if options.json or not sys.stdout.isatty():
+            _print(options, report.to_json(), lambda: wording.doctor_lines(report.to_json()))
+        else:
+            wording.print_doctor(report.to_json())
+    if report.exit_code:
+        blockers = sum(finding.severity == "blocker" for finding in report.findings)
+        error = CmkdError(f"this run would not go well: {blockers} blocking, see above.")
+        error.exit_code = report.exit_code
+        raise error
+
+
+def plan_verb(options: argparse.Namespace) -> None:
+    """Estimate a run on a cluster."""
+    from cmkd_scale.config import load_config
+    from cmkd_scale.operations.plan import make_plan
+    from cmkd_scale.operations.plan_cluster import Cluster
+
+    cluster = Cluster(options.nodes, options.devices_per_node, **arguments.assumptions(options))
+    plan = make_plan(
+        load_config(options.config, options.pairs),
+        cluster,
+        stage=options.stage,
+        backend=options.backend,
+        device_bytes=None if options.device_gib is None else options.device_gib * 2**30,
+        price_per_hour=options.price_per_hour,
+    )
+    _print(options, plan.to_json(), lambda: wording.plan_lines(plan.to_json()))
 
 
 def report_verb(options: argparse.Namespace) -> None:

@@ -116,3 +116,125 @@ def manifest_lines(result: dict[str, Any]) -> str:
     lines += [f"wrote {file}" for file in result["files"]]
     lines += [f"{run} must be on the claim: no config here makes it" for run in result["expects"]]
     return "\n".join(lines)
+
+
+_MARKS = {"note": "note", "warning": "warning", "blocker": "BLOCKER"}
+
+
+def doctor_lines(report: dict[str, Any]) -> str:
+    """What a doctor has found, a paragraph each, and its summary; what is well goes unsaid."""
+    lines = []
+    for finding in _remarkable(report):
+        lines.append(
+            f"{_MARKS[finding['severity']]}: {finding['check']}{_whose(finding)}: "
+            f"{finding['found']}"
+        )
+        if finding["remedy"]:
+            lines.append(textwrap.indent(f"remedy: {finding['remedy']}", "    "))
+    return "\n".join([*lines, doctor_summary(report)])
+
+
+def print_doctor(report: dict[str, Any]) -> None:
+    """The same as a table, on a terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    styles = {"note": "cyan", "warning": "yellow", "blocker": "bold red"}
+    console = Console()
+    table = Table("", "check", "found", "remedy", show_lines=True)
+    for finding in _remarkable(report):
+        texts = (finding["check"] + _whose(finding), finding["found"], finding["remedy"])
+        mark = f"[{styles[finding['severity']]}]{_MARKS[finding['severity']]}[/]"
+        table.add_row(mark, *map(escape, texts))
+    if table.row_count:
+        console.print(table)
+    console.print(escape(doctor_summary(report)))
+
+
+def _remarkable(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [finding for finding in report["findings"] if finding["severity"] != "ok"]
+
+
+def _whose(finding: dict[str, Any]) -> str:
+    ranks = finding["ranks"]
+    return f" (rank {', '.join(map(str, ranks))})" if ranks else ""
+
+
+def doctor_summary(report: dict[str, Any]) -> str:
+    """One line: how it looks, and what the run will take."""
+    counts = {name: 0 for name in _MARKS}
+    for finding in _remarkable(report):
+        counts[finding["severity"]] += 1
+    looked = f"{len(report['findings'])} checks in {report['seconds']:.0f} s"
+    if not any(counts.values()):
+        verdict = f"all well ({looked})"
+    else:
+        said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        verdict = f"{said} ({looked})"
+    estimate = report["estimate"]
+    if estimate is None:
+        return verdict
+    cost = "" if estimate["cost"] is None else f", cost {estimate['cost']:.2f}"
+    advised = estimate["advised"]
+    backend = estimate["backend"]
+    advice = f", {advised} would do" if advised not in (None, backend) else ""
+    return (
+        f"{verdict}: {report['stage']} of {estimate['parameters'] / 1e6:.2f} M parameters, "
+        f"{_span(estimate['hours'])}{cost}; {estimate['rank_bytes'] / 2**30:.2f} GiB a rank with "
+        f"{backend}{advice}; {report['ranks']} rank"
+        f"{'s' if report['ranks'] > 1 else ''}"
+    )
+
+
+def _span(hours: float) -> str:
+    """A duration as people say it."""
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.1f} min" if hours < 1 else f"{hours:.1f} h"
+
+
+def plan_lines(plan: dict[str, Any]) -> str:
+    """How long, how much memory, and on which assumptions."""
+    cluster, forecast = plan["cluster"], plan["forecast"]
+    measured = plan["calibration"]
+    step, exposed, waiting = (
+        1000 * forecast[f"{name}_seconds"] for name in ("step", "exposed", "straggler")
+    )
+    cost = "" if plan["price"] is None else f", cost {plan['price']:.2f}"
+    lines = [
+        f"{plan['stage']} {plan['method']} on {cluster['nodes']} nodes x "
+        f"{cluster['devices_per_node']} devices with {plan['backend']}: "
+        f"{_span(forecast['hours'])} (5 to 95 %: {_span(forecast['hours_p5'])} to "
+        f"{_span(forecast['hours_p95'])}){cost}",
+        f"step {step:.1f} ms, of it {exposed:.2f} exchange, {waiting:.2f} waiting for the slowest; "
+        f"checkpoints {forecast['checkpoint_share']:.2%} of the time; "
+        f"{forecast['failures']:.3g} failures expected; best interval between checkpoints "
+        f"{_span(forecast['best_checkpoint_seconds'] / 3600)}",
+        f"{plan['parameters'] / 1e6:.2f} M parameters; "
+        f"{plan['flops_per_sample'] / 1e9:.3f} GFLOP a sample (forward and backward); "
+        f"checkpoints of {plan['checkpoint_bytes'] / 2**20:.1f} MiB",
+        "memory of a rank, GiB on the device and beside it:",
+    ]
+    for backend, memory in plan["memory"].items():
+        marks = " (fits, sends least)" if backend == plan["advised"] else ""
+        lines.append(
+            f"    {backend}: {memory['device_bytes'] / 2**30:.3f} + "
+            f"{memory['host_bytes'] / 2**30:.3f}{marks}"
+        )
+    lines += [
+        f"measured here ({measured['device']}, {measured['samples']} samples a step, "
+        f"{measured['steps']} steps): {1000 * measured['step_seconds']:.1f} ms "
+        f"(+- {measured['step_spread']:.0%}), of it waiting for data "
+        f"{1000 * measured['data_seconds']:.1f}, forward {1000 * measured['forward_seconds']:.1f}, "
+        f"backward and update {1000 * measured['backward_seconds']:.1f}",
+        "assumed: "
+        + ", ".join(
+            f"{name} {value:g}"
+            for name, value in cluster.items()
+            if name not in ("nodes", "devices_per_node")
+        ),
+        "if an assumption is another:",
+        *(f"    {title}: {_span(hours)}" for title, hours in plan["sensitivity"].items()),
+    ]
+    return "\n".join(lines)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cmkd_scale import distributed
 from cmkd_scale.config import Config
 from cmkd_scale.data.damage import Incident, Quarantine, allowance
-from cmkd_scale.data.labels import LabelMap, compare_labels
+from cmkd_scale.data.labels import LabelMap, LabelReport, compare_labels
 from cmkd_scale.data.loader import TrainLoader
 from cmkd_scale.data.locate import open_manifest
 from cmkd_scale.data.modalities import MODALITIES, Modality
@@ -169,6 +169,18 @@ def compare_streams(
     """
     if not memories:
         return
+    report, drawn_here = label_report(config, data, memories)
+    if distributed.is_main():
+        write_json(directory / LABELS, {**report.to_json(), "counts_here": drawn_here})
+        if say or not report.fits:
+            for line in report.lines():
+                _log.info("%s", line)
+
+
+def label_report(
+    config: Config, data: SplitData, memories: Sequence[PrototypeMemory]
+) -> tuple[LabelReport, dict[str, int]]:
+    """The student's labels beside those of its memories, and its samples by class name."""
     places = make_draw(config, data).places(0)
     drawn = data.labels if places is None else data.labels[places]
     counts = np.bincount(drawn[drawn >= 0], minlength=len(data.label_names)).tolist()
@@ -184,11 +196,7 @@ def compare_streams(
         f"memory ({modality})",
         dict(taught),
     )
-    if distributed.is_main():
-        write_json(directory / LABELS, {**report.to_json(), "counts_here": drawn_here})
-        if say or not report.fits:
-            for line in report.lines():
-                _log.info("%s", line)
+    return report, drawn_here
 
 
 def open_quarantine(

@@ -46,7 +46,7 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
         )
         data = open_split(config, config.data.train_split)
         test = open_split(config, config.data.test_split)
-        _check_labels(data, test)
+        check_labels(data, test)
         directory = open_run(config, recipe.stage)
         spec = make_spec(config, data, recipe.feature_dim)
         memories = taught_memories(config, recipe, spec)
@@ -117,7 +117,12 @@ def taught_memories(config: Config, recipe: Recipe, spec: ModelSpec) -> list[Pro
     ]
 
 
-def _check_labels(data: SplitData, test: SplitData) -> None:
+def check_labels(data: SplitData, test: SplitData) -> None:
+    """Refuse to evaluate on other classes than were trained.
+
+    Raises:
+        UsageError: naming both splits.
+    """
     if data.label_names != test.label_names:
         raise UsageError(
             f"{data.reader.manifest.address} and {test.reader.manifest.address} have "

@@ -1,0 +1,61 @@
+"""Options of ``cmkd plan`` about a cluster, and the kinds of numbers that options may be."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+_ASSUMPTIONS: tuple[tuple[str, str, float, str], ...] = (
+    ("device-speed", "device_speed", 1.0, "of a device there, over that of the one here"),
+    ("link-gb-per-second", "link_bytes_per_second", 1e9, "between devices of a node, one way"),
+    ("network-gb-per-second", "network_bytes_per_second", 1e9, "between nodes, one way, a node"),
+    ("latency-us", "latency_seconds", 1e-6, "of a message"),
+    ("overlap", "overlap", 1.0, "share of backward that an exchange hides behind, 0 to 1"),
+    ("straggler-deviation", "straggler_deviation", 1.0, "of a rank's time a step, over its mean"),
+    ("node-failure-hours", "node_failure_hours", 1.0, "mean time between failures of a node"),
+    ("restart-seconds", "restart_seconds", 1.0, "from a failure until training goes on"),
+)
+"""Option, field of ``plan_cluster.Cluster``, unit, help."""
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Where a run is to take place; what is not given is assumed, and printed with the plan."""
+    parser.add_argument("--nodes", type=count, required=True, metavar="N")
+    parser.add_argument("--devices-per-node", type=count, required=True, metavar="M")
+    parser.add_argument("--backend", help="default: the first that fits, or ddp")
+    parser.add_argument("--device-gib", type=positive, metavar="X", help="memory of a device")
+    for option, _, _, text in _ASSUMPTIONS:
+        kind = share if option == "overlap" else positive
+        parser.add_argument(f"--{option}", type=kind, metavar="X", help=text)
+
+
+def assumptions(options: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, by field of ``plan_cluster.Cluster``."""
+    given = (
+        (field, getattr(options, name.replace("-", "_")), unit)
+        for name, field, unit, _ in _ASSUMPTIONS
+    )
+    return {field: unit * value for field, value, unit in given if value is not None}
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    return int(_within(text, int, 1, 1_000_000))
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    return _within(text, float, 1e-9, 1e12)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    return _within(text, float, 0.0, 1.0)
+
+
+def _within(text: str, kind: Callable[[str], float], low: float, high: float) -> float:
+    value = kind(text)
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+    return value
