@@ -73,7 +73,7 @@ def merged(by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
 
 def texts_of_all_ranks(text: str) -> list[str]:
     """The ``text`` of each rank, in rank order; a collective call."""
-    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    content = torch.tensor(list(text.encode()), dtype=torch.uint8)
     lengths = distributed.gather_integers(len(content))
     whole = bytes(distributed.gather_rows(content).tolist())
     ends = [sum(lengths[: rank + 1]) for rank in range(len(lengths))]

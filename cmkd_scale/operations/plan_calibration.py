@@ -65,7 +65,7 @@ class Calibration:
     backward_seconds: float
     """With the update, and what of the exchange of gradients it does not hide."""
     start_seconds: float
-    """From the start of this process to its first step: libraries, data, memory."""
+    """From the start of this process until there is a model: libraries, data, memory."""
     flops_per_sample: float
     exchange_bytes: int
     """What a rank says of its batch for each step, beside gradients."""
@@ -104,7 +104,6 @@ def calibrate(
     Raises:
         UsageError: the model is too large for this machine, or data and method do not fit.
     """
-    start_seconds = time.time() - psutil.Process().create_time()
     spec = make_spec(config, data, recipe.feature_dim)
     memories = taught_memories(config, recipe, spec)
     with tempfile.TemporaryDirectory(prefix="cmkd-calibration-") as name, Preemption() as stops:
@@ -113,8 +112,10 @@ def calibrate(
         run = Run(
             config, recipe, memories, engine, data, spec, directory, Watch(watchdog), console=False
         )
-        runtime_bytes = psutil.Process().memory_info().rss
-        module = make_module(run)
+        module = make_module(run)  # loads the library that models come from
+        start_seconds = time.time() - psutil.Process().create_time()
+        weights = FLOAT * sum(parameter.numel() for parameter in module.parameters())
+        runtime_bytes = max(0, psutil.Process().memory_info().rss - weights)
         _refuse_what_does_not_fit(module)
         loader = make_loader(config, recipe.method, recipe.teacher, data, directory)
         with _one(loader.batches()) as batch:

@@ -1,4 +1,4 @@
-"""One forward and backward pass, looked at: its FLOPs, and what each operation allocates.
+"""A forward and backward pass, looked at: its FLOPs, and what each operation allocates.
 
 Allocations are counted where they are made, so that the peak is that of the losses, the recomputed
 blocks and the gradients of activations too, on any device; what kernels use inside is not seen.
@@ -34,7 +34,7 @@ class Traced:
 def trace(
     module: Distillation, inputs: Tensor, labels: Tensor, beside: Mapping[str, Tensor]
 ) -> Traced:
-    """Pass a batch forward and backward; the module's gradients are gone afterwards.
+    """Pass a batch forward and backward, twice; the module's gradients are gone afterwards.
 
     Args:
         module: not wrapped by any backend, on the device it trains on.
@@ -42,7 +42,10 @@ def trace(
         labels: [B].
         beside: what else the step reads.
     """
-    counter = FlopCounterMode(display=False)
+    # In a pass of its own: it keeps what recomputed blocks would let go.
+    with FlopCounterMode(display=False) as counter:
+        module(inputs, labels, 0, beside).loss.backward()
+    module.zero_grad(set_to_none=True)
     allocations = _Allocations([*module.parameters(), *module.buffers(), inputs, labels])
     handles = [
         parameter.register_post_accumulate_grad_hook(allocations.claim)
@@ -50,7 +53,7 @@ def trace(
         if parameter.requires_grad
     ]
     try:
-        with counter, allocations:
+        with allocations:
             module(inputs, labels, 0, beside).loss.backward()
     finally:
         for handle in handles:
