@@ -32,6 +32,8 @@ VERBS = [
     "evaluate",
     "methods",
     "memory-info",
+    "doctor",
+    "plan",
     "report",
 ]
 

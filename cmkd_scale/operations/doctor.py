@@ -201,7 +201,15 @@ class _Visit:
             return
         available = doctor_estimate.available_to_rank(engine.device, local_ranks)
         measured, problem = attempt(
-            "steps", lambda: calibrate(config, recipe, engine, data, seconds=self.seconds)
+            "steps",
+            lambda: calibrate(
+                config,
+                recipe,
+                engine,
+                data,
+                test_samples=-(-len(test.labelled()) // distributed.world_size()),
+                seconds=self.seconds,
+            ),
         )
         self.book.add(problem)
         if measured is None or self.book.blocked:

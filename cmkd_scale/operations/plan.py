@@ -139,7 +139,8 @@ def make_plan(
     engine = start_engine(local)
     recipe = recipe_of(local, stage)
     data, test = open_split(local, local.data.train_split), open_split(local, local.data.test_split)
-    measured = calibrate(local, recipe, engine, data, seconds=seconds)
+    share = -(-len(test.labelled()) // cluster.ranks)
+    measured = calibrate(local, recipe, engine, data, test_samples=share, seconds=seconds)
     names = BACKENDS if cluster.ranks > 1 else ("single",)
     memory = {name: rank_memory(measured.sizes, name, cluster.ranks) for name in names}
     advised = None

@@ -23,10 +23,11 @@ from cmkd_scale.config import Config, with_changes
 from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.bank import memory_bytes
 from cmkd_scale.operations.plan_memory import FLOAT, Sizes
-from cmkd_scale.operations.plan_trace import trace
+from cmkd_scale.operations.plan_trace import Traced, trace
 from cmkd_scale.records import Batch
 from cmkd_scale.stages.common import make_spec
 from cmkd_scale.stages.company import make_loader
+from cmkd_scale.stages.forward_pass import BATCH_SIZE
 from cmkd_scale.stages.streams import SplitData, make_draw
 from cmkd_scale.stages.through_faults import Recipe, Run, engine_options, make_module
 from cmkd_scale.stages.train import taught_memories
@@ -97,9 +98,23 @@ def of_one_rank(config: Config, world_size: int) -> Config:
 
 
 def calibrate(
-    config: Config, recipe: Recipe, engine: Engine, data: SplitData, *, seconds: float
+    config: Config,
+    recipe: Recipe,
+    engine: Engine,
+    data: SplitData,
+    *,
+    test_samples: int,
+    seconds: float,
 ) -> Calibration:
     """Take steps for about so many seconds; a collective call.
+
+    Args:
+        config: of the run.
+        recipe: what it trains.
+        engine: joined, with nothing prepared.
+        data: that it trains on.
+        test_samples: that a rank evaluates on after training.
+        seconds: at most, but a few steps are taken in any case.
 
     Raises:
         UsageError: the model is too large for this machine, or data and method do not fit.
@@ -122,7 +137,8 @@ def calibrate(
             traced = trace(*_part(module.to(engine.device), batch, run))
         parts = config.train.gradient_accumulation_steps
         samples = len(batch.labels)
-        sizes = _sizes(run, module, runtime_bytes, traced.activation_bytes, traced.working_bytes)
+        evaluated = min(BATCH_SIZE, test_samples) * parts / samples
+        sizes = _sizes(run, module, runtime_bytes, traced, evaluated)
         engine.prepare(module, engine_options(config))
         loader = make_loader(config, recipe.method, recipe.teacher, data, directory)
         stopwatch = _Stopwatch(watchdog, seconds)
@@ -231,8 +247,17 @@ def _refuse_what_does_not_fit(module: Distillation) -> None:
 
 
 def _sizes(
-    run: Run, module: Distillation, runtime_bytes: int, activation_bytes: int, working_bytes: int
+    run: Run, module: Distillation, runtime_bytes: int, traced: Traced, evaluated: float
 ) -> Sizes:
+    """What takes up memory.
+
+    Args:
+        run: what it is made of.
+        module: that it trains.
+        runtime_bytes: of this process before there was a model.
+        traced: of a part of this rank's batch.
+        evaluated: samples in a batch of evaluation, over those in that part.
+    """
     trained = sum(value.numel() for value in module.parameters() if value.requires_grad)
     blocks = [sum(value.numel() for value in b.parameters()) for b in module.model.blocks]
     frozen = sum(value.numel() * value.element_size() for value in module.buffers())
@@ -247,8 +272,8 @@ def _sizes(
         root_parameters=trained - sum(blocks),
         largest_block=max(blocks, default=0),
         frozen_bytes=frozen,
-        activation_bytes=activation_bytes,
-        working_bytes=working_bytes,
+        activation_bytes=traced.activation_bytes,
+        evaluation_bytes=FLOAT * trained + round(evaluated * traced.inference_bytes),
         averaged=config.train.ema_decay is not None,
         blob_bytes=sum(len(memory_bytes(memory)) for memory in run.memories),
         gather_bytes=2 if run.engine.compute is torch.bfloat16 else FLOAT,

@@ -38,8 +38,8 @@ class Sizes:
     """Prototype memory as it is laid out, and the weights of a live teacher."""
     activation_bytes: int
     """Peak of a forward and backward pass without gradients of parameters."""
-    working_bytes: int
-    """The same with them: they come while activations go."""
+    evaluation_bytes: int
+    """What evaluation adds after training: the model once more, and a forward pass."""
     averaged: bool
     """Whether an average of the weights is kept (``train.ema_decay``)."""
     blob_bytes: int
@@ -108,15 +108,12 @@ def rank_memory(sizes: Sizes, backend: str, world_size: int) -> RankMemory:
         "parameters": parameters,
         "gradients": gradients,
         "moments": moments,
-        "activations": sizes.activation_bytes,
+        "activations or evaluation": max(sizes.activation_bytes, sizes.evaluation_bytes),
         "memory and teacher": sizes.frozen_bytes,
         "average": parameters if sizes.averaged else 0,
         "context": sizes.context_bytes,
     }
-    if backend == "single":  # nothing keeps the gradients from one step to the next
-        device["gradients"] = 0
-        device["activations"] = sizes.working_bytes
-    elif backend == "fsdp2":
+    if backend == "fsdp2":
         device["gathered"] = _gathered(sizes)
     elif backend.startswith("zero"):
         device["master copy"] = part  # DeepSpeed's own, beside parameters that are float32

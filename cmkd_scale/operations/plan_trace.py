@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -25,8 +26,8 @@ class Traced:
 
     activation_bytes: int
     """Most that was alive at once beside parameters and their gradients."""
-    working_bytes: int
-    """Most that was alive at once beside parameters: activations go while gradients come."""
+    inference_bytes: int
+    """The same of a forward pass without gradients, as evaluation makes it."""
     flops: float
     """Of matrix products and convolutions, forward and backward; a multiply-add counts two."""
 
@@ -46,7 +47,10 @@ def trace(
     with FlopCounterMode(display=False) as counter:
         module(inputs, labels, 0, beside).loss.backward()
     module.zero_grad(set_to_none=True)
-    allocations = _Allocations([*module.parameters(), *module.buffers(), inputs, labels])
+    known = [*module.parameters(), *module.buffers(), inputs, labels]
+    with torch.no_grad(), _Allocations(known) as inference:
+        module.model(inputs)
+    allocations = _Allocations(known)
     handles = [
         parameter.register_post_accumulate_grad_hook(allocations.claim)
         for parameter in module.parameters()
@@ -61,7 +65,7 @@ def trace(
         module.zero_grad(set_to_none=True)
     return Traced(
         activation_bytes=allocations.peak,
-        working_bytes=allocations.peak_with_gradients,
+        inference_bytes=inference.peak,
         flops=float(counter.get_total_flops()),
     )
 
@@ -76,9 +80,7 @@ class _Allocations(TorchDispatchMode):
         self._known = [tensor.untyped_storage() for tensor in known]
         self._known_ids = set(map(id, self._known))
         self._live = 0
-        self._gradients = 0
         self.peak = 0
-        self.peak_with_gradients = 0
 
     def __torch_dispatch__(
         self,
@@ -92,11 +94,9 @@ class _Allocations(TorchDispatchMode):
         return result
 
     def claim(self, parameter: Tensor) -> None:
-        """Count a parameter's gradient as such from now on."""
+        """Count a parameter's gradient no longer."""
         assert parameter.grad is not None
-        size = self._sizes.pop(id(parameter.grad.untyped_storage()), 0)
-        self._live -= size
-        self._gradients += size
+        self._forget(id(parameter.grad.untyped_storage()))
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -107,7 +107,6 @@ class _Allocations(TorchDispatchMode):
         self._live += storage.nbytes()
         weakref.finalize(storage, self._forget, key)
         self.peak = max(self.peak, self._live)
-        self.peak_with_gradients = max(self.peak_with_gradients, self._live + self._gradients)
 
     def _forget(self, key: int) -> None:
         self._live -= self._sizes.pop(key, 0)

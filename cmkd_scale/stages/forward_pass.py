@@ -19,7 +19,7 @@ from cmkd_scale.stages.streams import SplitData
 from cmkd_scale.training.preemption import Preemption
 from cmkd_scale.training.watchdog import Watchdog
 
-_BATCH_SIZE = 128
+BATCH_SIZE = 128
 
 Take = Callable[[NDArray[np.int64], Batch, ModelOutput], None]
 """(places [n], batch, what the model says of it)."""
@@ -65,7 +65,7 @@ def forward_pass(
         data.reader,
         data.modality,
         places,
-        batch_size=_BATCH_SIZE,
+        batch_size=BATCH_SIZE,
         rank=distributed.rank(),
         world_size=world,
         workers=data.workers,
@@ -76,7 +76,7 @@ def forward_pass(
         where, batch = item
         take(where, batch, model(batch.inputs.to(device)))
 
-    most = -(-len(places) // (_BATCH_SIZE * world))
+    most = -(-len(places) // (BATCH_SIZE * world))
     for _ in in_meetings(
         batches, most, one, preemption=preemption, watchdog=watchdog, phase=phase, step=step
     ):

@@ -13,7 +13,7 @@ SIZES = Sizes(
     largest_block=BILLION // 50,
     frozen_bytes=0,
     activation_bytes=0,
-    working_bytes=0,
+    evaluation_bytes=0,
     averaged=False,
     blob_bytes=0,
     gather_bytes=4,
@@ -44,10 +44,11 @@ def test_states_are_cut_up_as_the_stages_say(backend: str, gigabytes: float) -> 
     assert states(backend, 64) == pytest.approx(gigabytes)
 
 
-def test_one_rank_keeps_no_gradients_while_activations_are_there() -> None:
-    sizes = replace(SIZES, activation_bytes=10 * BILLION, working_bytes=11 * BILLION)
-    assert rank_memory(sizes, "single", 1).device_bytes == (4 + 8 + 11) * BILLION
-    assert rank_memory(sizes, "ddp", 2).device_bytes == (4 + 4 + 8 + 10) * BILLION
+def test_evaluation_comes_when_activations_are_gone() -> None:
+    sizes = replace(SIZES, activation_bytes=10 * BILLION, evaluation_bytes=5 * BILLION)
+    assert rank_memory(sizes, "single", 1).device_bytes == 26 * BILLION
+    sizes = replace(sizes, evaluation_bytes=11 * BILLION)
+    assert rank_memory(sizes, "ddp", 2).device_bytes == 27 * BILLION
 
 
 def test_a_checkpoint_holds_weights_moments_average_and_memory() -> None:

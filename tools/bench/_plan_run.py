@@ -23,6 +23,7 @@ from cmkd_scale.stages.teacher import teacher
 from cmkd_scale.training.engine import Engine
 
 _TINY_SUMS = 50
+_PRODUCTS = 60
 
 
 def run(stage: str, config: Path) -> dict[str, Any]:
@@ -34,10 +35,24 @@ def run(stage: str, config: Path) -> dict[str, Any]:
     }
 
 
+def busy() -> float:
+    """Seconds that some computing takes."""
+    matrix = torch.ones(512, 512)
+    begun = time.perf_counter()
+    for _ in range(_PRODUCTS):
+        matrix = (matrix @ matrix).clamp(max=1.0)
+    return time.perf_counter() - begun
+
+
 def link() -> dict[str, Any]:
-    """Bytes a second between ranks, and seconds of a message."""
+    """Bytes a second between ranks, seconds of a message, and what ranks take from each other."""
     engine = Engine()
     _, speed = collectives(engine.device)
+    busy()
+    alone = busy() if distributed.is_main() else 0.0
+    distributed.barrier()
+    together = busy()
+    alone, together = distributed.all_reduce_sum(torch.tensor([alone, together])).tolist()
     number = torch.zeros(1)
     distributed.barrier()
     begun = time.perf_counter()
@@ -46,6 +61,7 @@ def link() -> dict[str, Any]:
     hops = 2 * (distributed.world_size() - 1)
     return {
         "bytes_per_second": speed,
+        "device_speed": min(1.0, alone * distributed.world_size() / together),
         "latency_seconds": (time.perf_counter() - begun) / _TINY_SUMS / hops,
     }
 
