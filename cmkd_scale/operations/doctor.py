@@ -207,7 +207,7 @@ class _Visit:
                 recipe,
                 engine,
                 data,
-                test_samples=-(-len(test.labelled()) // distributed.world_size()),
+                test_samples=len(test.labelled()),
                 seconds=self.seconds,
             ),
         )
@@ -215,7 +215,7 @@ class _Visit:
         if measured is None or self.book.blocked:
             return
         work = work_of(config, recipe, measured, test)
-        hours = doctor_estimate.hours_of(work)
+        hours = doctor_estimate.hours_of(work, distributed.world_size())
         fitting, advised = doctor_estimate.fits(
             measured.sizes,
             engine.backend_name,

@@ -49,11 +49,12 @@ class Estimate:
         return asdict(self)
 
 
-def hours_of(work: Work) -> float:
+def hours_of(work: Work, world_size: int) -> float:
     """From steps that were measured as they will be: with all ranks and their exchange."""
     saves = -(-work.steps // work.checkpoint_every)
     seconds = work.steps * work.compute_seconds + saves * work.stall_seconds
-    return (seconds + work.start_seconds + work.evaluation_seconds) / HOUR
+    batches = -(-work.evaluation_batches // world_size)
+    return (seconds + work.start_seconds + batches * work.evaluation_seconds) / HOUR
 
 
 def available_to_rank(device: torch.device, local_ranks: int) -> int:

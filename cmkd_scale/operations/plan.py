@@ -12,6 +12,7 @@ from cmkd_scale.operations.plan_calibration import Calibration, calibrate, of_on
 from cmkd_scale.operations.plan_cluster import Cluster, Forecast, Work, forecast
 from cmkd_scale.operations.plan_memory import BACKENDS, FLOAT, RankMemory, advise, rank_memory
 from cmkd_scale.stages.common import start_engine
+from cmkd_scale.stages.forward_pass import BATCH_SIZE
 from cmkd_scale.stages.guard import guard_steps
 from cmkd_scale.stages.streams import SplitData, open_split
 from cmkd_scale.stages.student import student_recipe
@@ -139,8 +140,9 @@ def make_plan(
     engine = start_engine(local)
     recipe = recipe_of(local, stage)
     data, test = open_split(local, local.data.train_split), open_split(local, local.data.test_split)
-    share = -(-len(test.labelled()) // cluster.ranks)
-    measured = calibrate(local, recipe, engine, data, test_samples=share, seconds=seconds)
+    measured = calibrate(
+        local, recipe, engine, data, test_samples=len(test.labelled()), seconds=seconds
+    )
     names = BACKENDS if cluster.ranks > 1 else ("single",)
     memory = {name: rank_memory(measured.sizes, name, cluster.ranks) for name in names}
     advised = None
@@ -176,6 +178,7 @@ def work_of(config: Config, recipe: Recipe, measured: Calibration, test: SplitDa
         steps += guard_steps(config)
     sizes = measured.sizes
     forward = (measured.forward_seconds + measured.data_seconds) / measured.samples
+    tested = len(test.labelled())
     return Work(
         steps=steps,
         compute_seconds=measured.step_seconds,
@@ -185,7 +188,8 @@ def work_of(config: Config, recipe: Recipe, measured: Calibration, test: SplitDa
         checkpoint_every=config.train.checkpoint_every_steps,
         stall_seconds=sizes.checkpoint_bytes / measured.copy_bytes_per_second,
         start_seconds=measured.start_seconds,
-        evaluation_seconds=forward * len(test.labelled()),
+        evaluation_batches=-(-tested // BATCH_SIZE),
+        evaluation_seconds=forward * min(BATCH_SIZE, tested),
     )
 
 

@@ -77,7 +77,10 @@ class Work:
     stall_seconds: float
     """That a checkpoint keeps training waiting, without gathering it."""
     start_seconds: float
+    evaluation_batches: int
+    """Of all ranks, after training; one rank has each."""
     evaluation_seconds: float
+    """Of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +208,8 @@ def forecast(backend: str, work: Work, cluster: Cluster, seed: int = 0) -> Forec
     stall = work.stall_seconds + (gathered if backend not in ("single", "ddp") else 0.0)
     training = work.steps * step
     interval = min(training, work.checkpoint_every * step)
-    around = work.start_seconds + work.evaluation_seconds / cluster.device_speed / cluster.ranks
+    batches = -(-work.evaluation_batches // cluster.ranks)
+    around = work.start_seconds + batches * work.evaluation_seconds / cluster.device_speed
     between = cluster.node_failure_hours * HOUR / cluster.nodes
     saved = training / interval * stall
     restart = cluster.restart_seconds + work.start_seconds

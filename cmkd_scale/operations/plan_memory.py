@@ -126,6 +126,8 @@ def rank_memory(sizes: Sizes, backend: str, world_size: int) -> RankMemory:
         "cached samples": sizes.cached_bytes,
         "checkpoint": sizes.checkpoint_bytes,
     }
+    if sizes.context_bytes or held[0] < whole:
+        host["whole weights"] = whole  # what is evaluated, where it is not what was trained
     if backend == "zero3_offload":
         for name in ("parameters", "moments", "master copy"):
             host[name] = device.pop(name)

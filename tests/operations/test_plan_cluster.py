@@ -18,7 +18,8 @@ WORK = Work(
     checkpoint_every=1000,
     stall_seconds=2.0,
     start_seconds=30.0,
-    evaluation_seconds=600.0,
+    evaluation_batches=600,
+    evaluation_seconds=1.0,
 )
 NODES = Cluster(64, 8)
 
