@@ -1,4 +1,4 @@
-"""Options of ``cmkd plan`` about a cluster, and the kinds of numbers that options may be."""
+"""Options about a cluster, and the kinds of numbers that options may be."""
 
 from __future__ import annotations
 
@@ -37,6 +37,33 @@ def assumptions(options: argparse.Namespace) -> dict[str, Any]:
         for name, field, unit, _ in _ASSUMPTIONS
     )
     return {field: unit * value for field, value, unit in given if value is not None}
+
+
+def add_pods(parser: argparse.ArgumentParser) -> None:
+    """What the pods of a run have and are called; what is not given has its default."""
+    for name, metavar, text in (
+        ("name", "NAME", "of the objects; default: the directory that the runs share"),
+        ("image", "IMAGE", "default: cmkd-scale of this version, for cpu or cuda"),
+        ("namespace", "NAME", "default: kubectl's"),
+        ("queue", "NAME", "Kueue's local queue"),
+        ("pvc", "NAME", "claim that holds shards and runs; default: cmkd-runs"),
+        ("pvc-size", "SIZE", "render that claim, too"),
+        ("secret", "NAME", "its keys become environment variables"),
+        ("memory", "SIZE", "of a pod; default: 32Gi"),
+        ("shm", "SIZE", "of /dev/shm, a part of it; default: 8Gi"),
+        ("scratch", "SIZE", "of the cache of remote shards; default: 100Gi"),
+        ("interface", "NAME", "network between pods; default: eth0"),
+    ):
+        parser.add_argument(f"--{name}", metavar=metavar, help=text)
+    for name, text in (
+        ("nodes", "pods of a stage; default: 1"),
+        ("gpus-per-node", "default: 0"),
+        ("processes-per-node", "without GPUs; default: 1"),
+        ("cpus-per-process", "default: 4"),
+        ("grace-seconds", "that a pod has to save when it must go; default: 600"),
+        ("max-restarts", "of a stage, less those after preemption; default: 10"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
 
 
 def count(text: str) -> int:

@@ -344,26 +344,4 @@ def _add_kubernetes(parsers: Any) -> None:
     render.add_argument("--config", type=Path, required=True, metavar="FILE", help="the last one's")
     render.add_argument("--kind", choices=("jobset", "trainjob", "job"), required=True)
     render.add_argument("--out", type=Path, required=True, metavar="DIR")
-    for name, metavar, text in (
-        ("name", "NAME", "of the objects; default: the directory that the runs share"),
-        ("image", "IMAGE", "default: cmkd-scale of this version, for cpu or cuda"),
-        ("namespace", "NAME", "default: kubectl's"),
-        ("queue", "NAME", "Kueue's local queue"),
-        ("pvc", "NAME", "claim that holds shards and runs; default: cmkd-runs"),
-        ("pvc-size", "SIZE", "render that claim, too"),
-        ("secret", "NAME", "its keys become environment variables"),
-        ("memory", "SIZE", "of a pod; default: 32Gi"),
-        ("shm", "SIZE", "of /dev/shm, a part of it; default: 8Gi"),
-        ("scratch", "SIZE", "of the cache of remote shards; default: 100Gi"),
-        ("interface", "NAME", "network between pods; default: eth0"),
-    ):
-        render.add_argument(f"--{name}", metavar=metavar, help=text)
-    for name, text in (
-        ("nodes", "pods of a stage; default: 1"),
-        ("gpus-per-node", "default: 0"),
-        ("processes-per-node", "without GPUs; default: 1"),
-        ("cpus-per-process", "default: 4"),
-        ("grace-seconds", "that a pod has to save when it must go; default: 600"),
-        ("max-restarts", "of a stage, less those after preemption; default: 10"),
-    ):
-        render.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    arguments.add_pods(render)
