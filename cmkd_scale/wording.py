@@ -170,7 +170,9 @@ def doctor_summary(report: dict[str, Any]) -> str:
     if not any(counts.values()):
         verdict = f"all well ({looked})"
     else:
-        said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        said = ", ".join(
+            f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items() if count
+        )
         verdict = f"{said} ({looked})"
     estimate = report["estimate"]
     if estimate is None:
