@@ -68,7 +68,7 @@ def watched(*arguments, **more):
             signal.raise_signal(signal.SIGUSR1)  # a second one is not fatal
         yield batch
 
-forward_pass._BATCH_SIZE = 8  # so that each rank has some of the 30 samples
+forward_pass.BATCH_SIZE = 8  # so that each rank has some of the 30 samples
 forward_pass.ordered_batches = watched
 rank, *sys.argv[1:] = sys.argv[1:]
 program()
