@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ class _Visit:
             [
                 *fitting,
                 *doctor_estimate.space(directory, size, train.keep_checkpoints, there),
-                *doctor_estimate.times(config, measured.step_seconds, hours, doctor_estimate.now()),
+                *doctor_estimate.times(config, measured.step_seconds, hours, datetime.now(UTC)),
                 *doctor_estimate.exchange(measured, self.bytes_per_second),
             ]
         )
@@ -267,7 +268,7 @@ class _Visit:
         hours = doctor_estimate.pass_hours(
             trained, data, engine.device, config.memory.batch_size, world
         )
-        self.book.add(doctor_estimate.times(config, 0.0, hours, doctor_estimate.now()))
+        self.book.add(doctor_estimate.times(config, 0.0, hours, datetime.now(UTC)))
         parameters = sum(value.numel() for value in trained.model.parameters())
         self.estimate = Estimate(
             parameters=parameters,

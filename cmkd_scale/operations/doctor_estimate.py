@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from cmkd_scale.operations.doctor_machine import available_memory, in_units
 from cmkd_scale.operations.doctor_ranks import existing
 from cmkd_scale.operations.plan_calibration import Calibration
 from cmkd_scale.operations.plan_cluster import HOUR, Work
-from cmkd_scale.operations.plan_memory import MARGIN, Sizes, advise, rank_memory
+from cmkd_scale.operations.plan_memory import FLOAT, MARGIN, Sizes, advise, rank_memory
 from cmkd_scale.stages.common import Trained
 from cmkd_scale.stages.streams import SplitData
 
@@ -154,7 +154,7 @@ def exchange(calibration: Calibration, bytes_per_second: float | None) -> list[F
     """The exchange of gradients is short beside a step."""
     if bytes_per_second is None:
         return []
-    seconds = 2 * 4 * calibration.sizes.parameters / bytes_per_second
+    seconds = 2 * FLOAT * calibration.sizes.parameters / bytes_per_second
     text = f"{bytes_per_second / 1e9:.2f} GB/s; gradients take {seconds:.3f} s"
     if seconds <= calibration.step_seconds:
         return [Finding("network", "ok", text)]
@@ -167,11 +167,6 @@ def exchange(calibration: Calibration, bytes_per_second: float | None) -> list[F
             "give each rank more samples a step.",
         )
     ]
-
-
-def now() -> datetime:
-    """The time, with its zone."""
-    return datetime.now(UTC)
 
 
 @torch.no_grad()

@@ -58,8 +58,8 @@ def newest(directory: Path) -> int:
     return step
 
 
-def in_another_process(work: Callable[[], object]) -> int:
-    """The status in which a fork of this process ends; 0 when ``work`` returns."""
+def fork(work: Callable[[], object]) -> int:
+    """A fork of this process that does ``work``, and ends with 0 when that returns."""
     child = os.fork()
     if child == 0:
         try:
@@ -67,7 +67,12 @@ def in_another_process(work: Callable[[], object]) -> int:
             os._exit(0)
         finally:
             os._exit(1)
-    return os.waitpid(child, 0)[1]
+    return child
+
+
+def in_another_process(work: Callable[[], object]) -> int:
+    """The status in which a fork that does ``work`` ends."""
+    return os.waitpid(fork(work), 0)[1]
 
 
 def be_killed_at_change(number: int) -> None:
@@ -215,16 +220,7 @@ def test_two_writers_of_one_directory_never_lose_what_is_valid(tmp_path: Path) -
         for step in range(1, 21):
             write_in_a_thread(tmp_path, step)  # may fail: the other has taken its directory
 
-    children = []
-    for _ in range(2):
-        child = os.fork()
-        if child == 0:
-            try:
-                work()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        children.append(child)
+    children = [fork(work) for _ in range(2)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert newest(tmp_path) > 0
     assert write_in_a_thread(tmp_path, 21) is None
