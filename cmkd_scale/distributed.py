@@ -215,6 +215,15 @@ def gather_integers(value: int) -> list[int]:
     return [int(part.item()) for part in _all_gather(mine)]
 
 
+def gather_texts(text: str) -> list[str]:
+    """The ``text`` of each rank, in rank order; a collective call."""
+    content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    lengths = gather_integers(len(content))
+    whole = bytes(gather_rows(content).tolist())
+    ends = [sum(lengths[: rank + 1]) for rank in range(len(lengths))]
+    return [whole[end - length : end].decode() for end, length in zip(ends, lengths, strict=True)]
+
+
 def same_digest(digest: str) -> bool:
     """Whether all ranks have this SHA-256, in hexadecimal; a collective call."""
     # The first 15 digits fit the integers that ranks exchange.

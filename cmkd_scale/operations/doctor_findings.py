@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
-import torch
-
 from cmkd_scale import distributed
 from cmkd_scale.errors import EXIT_DONE, EXIT_INTEGRITY, EXIT_USAGE, CmkdError
 
@@ -71,17 +69,8 @@ def merged(by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
     ]
 
 
-def texts_of_all_ranks(text: str) -> list[str]:
-    """The ``text`` of each rank, in rank order; a collective call."""
-    content = torch.tensor(list(text.encode()), dtype=torch.uint8)
-    lengths = distributed.gather_integers(len(content))
-    whole = bytes(distributed.gather_rows(content).tolist())
-    ends = [sum(lengths[: rank + 1]) for rank in range(len(lengths))]
-    return [whole[end - length : end].decode() for end, length in zip(ends, lengths, strict=True)]
-
-
 def _from_all_ranks(mine: list[Finding]) -> list[list[Finding]]:
-    texts = texts_of_all_ranks(json.dumps([asdict(finding) for finding in mine]))
+    texts = distributed.gather_texts(json.dumps([asdict(finding) for finding in mine]))
     return [[_finding(value) for value in json.loads(text)] for text in texts]
 
 

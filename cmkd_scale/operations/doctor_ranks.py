@@ -13,7 +13,7 @@ import torch
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config
-from cmkd_scale.operations.doctor_findings import Finding, texts_of_all_ranks
+from cmkd_scale.operations.doctor_findings import Finding
 from cmkd_scale.stages.runs import versions
 
 _CLOCK_SECONDS = 2.0  # apart; Prometheus and logs of several machines are read side by side
@@ -52,7 +52,7 @@ def differing(by_rank: Sequence[Mapping[str, str]]) -> list[Finding]:
 def same_versions(config: Config, device: str) -> list[Finding]:
     """``differing`` over all ranks; a collective call."""
     mine = {**versions(), "device": device, "configuration": config.digest()[:12]}
-    return differing([json.loads(text) for text in texts_of_all_ranks(json.dumps(mine))])
+    return differing([json.loads(text) for text in distributed.gather_texts(json.dumps(mine))])
 
 
 def apart(clocks: Sequence[float]) -> list[Finding]:

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from cmkd_scale import distributed
 from cmkd_scale.config import Config
 from cmkd_scale.data import workers
@@ -191,17 +189,17 @@ def watching(
 
 def _run_id(directory: Path) -> str:
     """The run's id, on all ranks: a file system may show it late; a collective call."""
-    found: list[int] = []
+    found = ""
 
     def read() -> None:
+        nonlocal found
         try:
-            found.extend(run_id(directory).encode())
+            found = run_id(directory)
         except OSError as error:
             raise UsageError(f"The run's id cannot be written: {error}. Free space.") from None
 
     distributed.run_on_main(read)
-    rows = torch.tensor(found, dtype=torch.int64).reshape(-1, 1)
-    return bytes(distributed.gather_rows(rows).flatten().tolist()).decode()
+    return distributed.gather_texts(found)[0]
 
 
 def _target_file(config: Config, run: Path, rank: int) -> Path:

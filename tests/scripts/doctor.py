@@ -8,13 +8,13 @@ import torch
 from cmkd_scale import distributed
 from cmkd_scale.config import make_config
 from cmkd_scale.operations import doctor_ranks
-from cmkd_scale.operations.doctor_findings import Book, Finding, texts_of_all_ranks
+from cmkd_scale.operations.doctor_findings import Book, Finding
 from cmkd_scale.training.engine import Engine
 
 root = Path(sys.argv[1])
 Engine()
 rank = distributed.rank()
-assert texts_of_all_ranks("a" * rank) == ["", "a"]
+assert distributed.gather_texts("a" * rank) == ["", "a"]
 
 book = Book()
 book.add([Finding("disk", "blocker", "full")] if rank == 1 else [])
