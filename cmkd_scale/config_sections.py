@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -80,11 +80,32 @@ class ModelConfig(Section):
     """Encoder, projection to the shared feature space, head."""
 
     encoder: str | None = None
-    """Name in the table of encoders; unset takes the usual one of the modality."""
+    """Name in the table of small encoders; unset takes the usual one of the modality."""
     width: int = Field(16, ge=8)
     """Channels of the encoder's first stage (ResNet) or its hidden width (transformer)."""
     depth: int = Field(1, ge=1)
     """Blocks a stage (ResNet) or layers (transformer)."""
+    backbone: str | None = None
+    """In the place of a small encoder: id of a pretrained model on the Hugging Face hub, or its
+    directory. Inputs are made by its own processor."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's model."""
+    backbone_config: dict[str, Any] = Field(default_factory=dict)
+    """Options over the backbone's configuration; without ``backbone``, with ``model_type``: that
+    architecture with random weights, which reads the modality as the small encoders do."""
+    tuning: Literal["full", "frozen", "lora"] = "full"
+    """What of a backbone is trained: all, nothing, or low-rank adapters."""
+    lora_rank: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    lora_alpha: int = Field(32, ge=1)
+    """Their scale is this by their rank."""
+    lora_targets: list[str] = Field(default_factory=list)
+    """Names of the linear layers that are adapted; empty: all."""
+    pooling: Literal["auto", "cls", "mean", "pooled"] = "auto"
+    """What becomes of a backbone's places: its first token, their mean over what is no padding, or
+    its own pooling; auto: as is usual in its family."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Implementation of a backbone's attention; auto: torch's (SDPA) where the family has it."""
     feature_dim: int | None = Field(None, ge=2)
     """Width of the shared feature space; unset: 128, or the memory's for a student."""
 

@@ -11,7 +11,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmkd_scale.data.audio import read_sound, resample
-from cmkd_scale.data.modality_base import DecodeError, Modality, noise_like
+from cmkd_scale.data.modality_base import DecodeError, Modality
 from cmkd_scale.data.modality_features import FeaturesModality
 from cmkd_scale.data.modality_image import ImageModality
 from cmkd_scale.data.modality_text import TextModality
+from cmkd_scale.data.spectrogram import SoundModality, interpolate
 from cmkd_scale.errors import UsageError
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class AudioModality(Modality):
+class AudioModality(SoundModality):
     """Sounds as log-mel spectrograms: [1, n_mels, frames] float32.
 
     Silence at both ends is trimmed, the rest stretched to ``frames``; then each mel band has
@@ -64,24 +65,6 @@ class AudioModality(Modality):
     with the clip padded or cropped on both sides."""
     max_seconds: float = 60.0
     """Longer sounds are refused."""
-    shift_time: float = 0.08
-    """Largest augmenting shift, as a part of the frames."""
-    stretch_time: float = 0.15
-    """Largest logarithm of the augmenting stretch in time."""
-    shift_mel: float = 0.06
-    """Largest augmenting shift along the mel bands, as a part of them: voices differ by one."""
-    stretch_mel: float = 0.12
-    """Largest logarithm of the augmenting stretch along the mel bands."""
-    gain: float = 0.0
-    """Standard deviation of an offset to the whole clip."""
-    equalise: float = 0.5
-    """Standard deviation of a smooth offset to the mel bands: another channel."""
-    noise: float = 0.3
-    """Largest standard deviation of augmenting noise; the clip's is 1."""
-    mask_frames: int = 8
-    """Longest time mask (SpecAugment: Park et al. 2019, arXiv 1904.08779)."""
-    mask_mels: int = 6
-    """Widest mask of mel bands."""
 
     extensions: ClassVar[tuple[str, ...]] = ("wav", "flac")
     positive: ClassVar[frozenset[str]] = frozenset(
@@ -110,7 +93,7 @@ class AudioModality(Modality):
         if self.fit_seconds:
             bands_MT = _centred(bands_MT, round(self.fit_seconds * self.sample_rate / self.hop))
         old = bands_MT.shape[1]
-        bands_MT = _interpolate(bands_MT, (np.arange(self.frames) + 0.5) * old / self.frames - 0.5)
+        bands_MT = interpolate(bands_MT, (np.arange(self.frames) + 0.5) * old / self.frames - 0.5)
         bands_MT = bands_MT - bands_MT.mean(axis=1, keepdims=True)
         return torch.from_numpy((bands_MT / (bands_MT.std() + 1e-5)).astype(np.float32)[None])
 
@@ -132,23 +115,8 @@ class AudioModality(Modality):
 
     def augment(self, inputs: Tensor, rng: np.random.Generator) -> Tensor:
         """Shift and stretch both axes, filter, add noise, mask."""
-        bands_MT: NDArray[np.float32] = inputs[0].numpy()
-        u = rng.uniform(-1, 1, 5)
-        n_mels, frames = bands_MT.shape
-        times = _warped(frames, u[0] * self.shift_time, u[1] * self.stretch_time)
-        mels = _warped(n_mels, u[2] * self.shift_mel, u[3] * self.stretch_mel)
-        bands_MT = _interpolate(_interpolate(bands_MT, times).T, mels).T
-        knots = rng.normal(0, 1, 6)
-        curve = np.interp(np.linspace(0, 4, n_mels), np.arange(5), knots[:5])
-        bands_MT = bands_MT + (self.equalise * curve + self.gain * knots[5])[:, None]
-        augmented = torch.from_numpy(bands_MT.astype(np.float32)[None])
-        augmented += noise_like(abs(u[4]) * self.noise, inputs, rng)
-        for axis, widest in ((2, self.mask_frames), (1, self.mask_mels)):
-            size = augmented.shape[axis]
-            width = int(rng.integers(min(widest, size) + 1))
-            start = int(rng.integers(size - width + 1))
-            augmented.narrow(axis, start, width).zero_()  # 0 is the mean of every band
-        return augmented
+        # 0 is the mean of every band.
+        return self.augment_bands(inputs[0], rng)[None]
 
 
 MODALITIES: dict[str, type[Modality]] = {
@@ -190,20 +158,3 @@ def _centred(bands_MT: NDArray[np.float64], wanted: int) -> NDArray[np.float64]:
         return bands_MT[:, -missing // 2 : -missing // 2 + wanted]
     ends = (missing // 2, missing - missing // 2)
     return np.pad(bands_MT, ((0, 0), ends), constant_values=bands_MT.min())
-
-
-def _warped(size: int, shift: float, log_stretch: float) -> NDArray[np.float64]:
-    """Places to read [size] that shift by a part of ``size`` and stretch about the middle."""
-    middle = (size - 1) / 2
-    places: NDArray[np.float64] = (np.arange(size) - middle) * np.exp(log_stretch)
-    return places + middle + shift * size
-
-
-def _interpolate(bands: NDArray[Any], places: NDArray[np.float64]) -> NDArray[Any]:
-    """Read [..., n] at fractional places [m] of the last axis; beyond its ends, the ends."""
-    places = places.clip(0, bands.shape[-1] - 1)
-    left = places.astype(np.int64)
-    right = np.minimum(left + 1, bands.shape[-1] - 1)
-    part = (places - left).astype(bands.dtype)
-    read: NDArray[Any] = bands[..., left] * (1 - part) + bands[..., right] * part
-    return read

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,9 +36,16 @@ class Modality(ABC):
         """Refuse impossible options with ``UsageError``."""
         for field in fields(self):
             value = getattr(self, field.name)
+            if not isinstance(value, (int, float)):
+                continue
             if value < 0 or (field.name in self.positive and value == 0):
                 bound = "above 0" if field.name in self.positive else "0 or more"
                 raise UsageError(f"{type(self).__name__}: {field.name} is {value}, not {bound}.")
+
+    def identity(self) -> dict[str, Any]:
+        """All that shapes the tensors, as JSON: two modalities of one identity decode alike."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"kind": type(self).__name__, **options}
 
     @property
     @abstractmethod

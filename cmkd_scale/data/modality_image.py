@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,16 +26,10 @@ except ImportError:
 _MAX_PIXELS = 50_000_000
 
 
-@dataclass(frozen=True)
-class ImageModality(Modality):
-    """Pictures: [channels, height, width] float32 in -1 .. 1; several of them, with a first
-    axis of ``frames``."""
+@dataclass(frozen=True, kw_only=True)
+class PictureModality(Modality):
+    """What pictures have in common, however one of them becomes a tensor [channels, H, W]."""
 
-    height: int = 28
-    """Pixels; other pictures are resized, without regard to their proportions."""
-    width: int = 56
-    channels: int = 1
-    """1 grey, 3 RGB."""
     frames: int = 1
     """Pictures of a sample: above 1, that many of its members ``000.jpg``, ``001.jpg``, ...,
     evenly spaced; each one is augmented alike."""
@@ -47,22 +42,24 @@ class ImageModality(Modality):
     rotation_degrees: float = 6.0
     """Largest augmenting rotation."""
     noise: float = 0.0
-    """Standard deviation of augmenting noise, picture values being -1 .. 1."""
+    """Standard deviation of augmenting noise, in the units of the tensor."""
 
     extensions: ClassVar[tuple[str, ...]] = ("png", "jpg", "jpeg", "webp")
-    positive: ClassVar[frozenset[str]] = frozenset({"height", "width", "channels", "frames"})
+    positive: ClassVar[frozenset[str]] = frozenset({"frames"})
 
-    def __post_init__(self) -> None:
-        """Refuse impossible options with ``UsageError``."""
-        super().__post_init__()
-        if self.channels not in (1, 3):
-            raise UsageError(f"ImageModality: channels is {self.channels}, not 1 or 3.")
+    @property
+    @abstractmethod
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one picture."""
+
+    @abstractmethod
+    def to_tensor(self, picture: Image.Image) -> Tensor:
+        """One picture, of 8 bits a channel, as [channels, height, width] float32."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(channels, height, width), with ``frames`` in front if there are several."""
-        picture = (self.channels, self.height, self.width)
-        return picture if self.frames == 1 else (self.frames, *picture)
+        return self.picture_shape if self.frames == 1 else (self.frames, *self.picture_shape)
 
     def wants(self, extension: str) -> bool:
         """Pictures, with or without a number in front."""
@@ -74,42 +71,73 @@ class ImageModality(Modality):
             (name for name in members if "." in name and self.wants(name)), key=_number
         )
         if self.frames == 1 and not numbered:
-            return self._picture(self.content(members))
+            return self.to_tensor(_open(self.content(members)))
         if not numbered:
             raise DecodeError(f"it holds no frames, and data.transform.frames={self.frames}.")
         # Middles of equal parts; a shorter row of frames repeats some.
         chosen = (np.arange(self.frames) + 0.5) * len(numbered) / self.frames
-        pictures = [self._picture(members[numbered[int(place)]]) for place in chosen]
+        pictures = [self.to_tensor(_open(members[numbered[int(place)]])) for place in chosen]
         return pictures[0] if self.frames == 1 else torch.stack(pictures)
 
-    def _picture(self, content: bytes) -> Tensor:
-        pixels = _read_jpeg(content) if content[:2] == b"\xff\xd8" else None
-        picture = _read_any(content) if pixels is None else Image.fromarray(pixels)
-        if picture.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-            wide = np.asarray(picture, dtype=np.int64).clip(0, 65535)
-            picture = Image.fromarray((wide // 257).astype(np.uint8))
+    def augment(self, inputs: Tensor, rng: np.random.Generator) -> Tensor:
+        """Shift, scale, rotate and add noise; what comes in at the border repeats it."""
+        angle, log_x, log_y, move_x, move_y = rng.uniform(-1, 1, 5)
+        turn = angle * np.deg2rad(self.rotation_degrees)
+        height, width = inputs.shape[-2:]
+        aspect = height / width  # grid coordinates run from -1 to 1 on both axes
+        zoom_x, zoom_y = np.exp(log_x * self.zoom), np.exp(log_y * self.zoom)
+        matrix = [
+            [zoom_x * np.cos(turn), np.sin(turn) * aspect, 2 * move_x * self.shift_x],
+            [-np.sin(turn) / aspect, zoom_y * np.cos(turn), 2 * move_y * self.shift_y],
+        ]
+        size = [1, inputs[..., 0, 0].numel(), height, width]  # all frames move alike
+        grid = F.affine_grid(torch.tensor([matrix], dtype=torch.float32), size, align_corners=False)
+        moved = F.grid_sample(
+            inputs.reshape(size), grid, padding_mode="border", align_corners=False
+        ).reshape(inputs.shape)
+        return moved + noise_like(self.noise, inputs, rng) if self.noise else moved
+
+
+@dataclass(frozen=True)
+class ImageModality(PictureModality):
+    """Pictures: [channels, height, width] float32 in -1 .. 1; several of them, with a first
+    axis of ``frames``."""
+
+    height: int = 28
+    """Pixels; other pictures are resized, without regard to their proportions."""
+    width: int = 56
+    channels: int = 1
+    """1 grey, 3 RGB."""
+
+    positive: ClassVar[frozenset[str]] = frozenset({"height", "width", "channels", "frames"})
+
+    def __post_init__(self) -> None:
+        """Refuse impossible options with ``UsageError``."""
+        super().__post_init__()
+        if self.channels not in (1, 3):
+            raise UsageError(f"ImageModality: channels is {self.channels}, not 1 or 3.")
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return (self.channels, self.height, self.width)
+
+    def to_tensor(self, picture: Image.Image) -> Tensor:
+        """See ``PictureModality``."""
         picture = picture.convert("L" if self.channels == 1 else "RGB")
         if picture.size != (self.width, self.height):
             picture = picture.resize((self.width, self.height), Image.Resampling.BILINEAR)
         array = np.asarray(picture, dtype=np.float32).reshape(self.height, self.width, -1)
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)) / 127.5 - 1)
 
-    def augment(self, inputs: Tensor, rng: np.random.Generator) -> Tensor:
-        """Shift, scale, rotate and add noise; what comes in at the border repeats it."""
-        angle, log_x, log_y, move_x, move_y = rng.uniform(-1, 1, 5)
-        turn = angle * np.deg2rad(self.rotation_degrees)
-        aspect = self.height / self.width  # grid coordinates run from -1 to 1 on both axes
-        zoom_x, zoom_y = np.exp(log_x * self.zoom), np.exp(log_y * self.zoom)
-        matrix = [
-            [zoom_x * np.cos(turn), np.sin(turn) * aspect, 2 * move_x * self.shift_x],
-            [-np.sin(turn) / aspect, zoom_y * np.cos(turn), 2 * move_y * self.shift_y],
-        ]
-        size = [1, self.channels * self.frames, self.height, self.width]  # all frames move alike
-        grid = F.affine_grid(torch.tensor([matrix], dtype=torch.float32), size, align_corners=False)
-        moved = F.grid_sample(
-            inputs.reshape(size), grid, padding_mode="border", align_corners=False
-        ).reshape(inputs.shape)
-        return moved + noise_like(self.noise, inputs, rng) if self.noise else moved
+
+def _open(content: bytes) -> Image.Image:
+    pixels = _read_jpeg(content) if content[:2] == b"\xff\xd8" else None
+    picture = _read_any(content) if pixels is None else Image.fromarray(pixels)
+    if picture.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+        wide = np.asarray(picture, dtype=np.int64).clip(0, 65535)
+        picture = Image.fromarray((wide // 257).astype(np.uint8))
+    return picture
 
 
 def _read_jpeg(content: bytes) -> NDArray[np.uint8] | None:

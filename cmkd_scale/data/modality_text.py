@@ -13,6 +13,21 @@ from torch import Tensor
 from cmkd_scale.data.modality_base import DecodeError, Modality
 
 
+def read_text(content: bytes) -> str:
+    """A text that is not blank.
+
+    Raises:
+        DecodeError: it is, or is not UTF-8.
+    """
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise DecodeError(f"it is not UTF-8 text ({error}).") from None
+    if not text.strip():
+        raise DecodeError("it is an empty text.")
+    return text
+
+
 @dataclass(frozen=True)
 class TextModality(Modality):
     """Texts as bytes: [max_bytes] int64 of UTF-8 byte + 1, 0 behind the end."""
@@ -35,12 +50,7 @@ class TextModality(Modality):
     def decode(self, members: Mapping[str, bytes]) -> Tensor:
         """See ``Modality``."""
         content = self.content(members)
-        try:
-            empty = not content.decode().strip()
-        except UnicodeDecodeError as error:
-            raise DecodeError(f"it is not UTF-8 text ({error}).") from None
-        if empty:
-            raise DecodeError("it is an empty text.")
+        read_text(content)
         tokens = np.zeros(self.max_bytes, dtype=np.int64)
         values = np.frombuffer(content[: self.max_bytes], dtype=np.uint8)
         tokens[: len(values)] = values.astype(np.int64) + 1

@@ -1,6 +1,6 @@
-"""Encoders built from a ``transformers`` configuration; nothing is downloaded.
+"""Small encoders that learn from nothing; those that are pretrained are in ``backbone.py``.
 
-The only importer of ``transformers`` models. An encoder maps a batch of one modality to
+An encoder maps a batch of one modality to
 ``(pooled [B, W], stages)``, states its width W as ``out_dim`` and lists its repeated parts,
 shallow to deep, as ``blocks``: what is sharded, recomputed or compiled as one. No layer here
 mixes the samples of a batch: BatchNorm would make the result depend on how a batch is split
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from cmkd_scale.errors import UsageError, did_you_mean
+from cmkd_scale.models.families import pool
+from cmkd_scale.models.normalisation import batch_norm_to_group_norm
+from cmkd_scale.models.stock import Stock
 
 
 class ResNetEncoder(nn.Module):
@@ -74,6 +77,10 @@ class ResNetEncoder(nn.Module):
             stages = tuple(stage.unflatten(0, (-1, frames)).mean(1) for stage in stages)
         return pooled, stages
 
+    def stock(self) -> Stock | None:
+        """None: ``transformers`` has no ResNet with GroupNorm."""
+        return None
+
 
 class ByteTransformer(nn.Module):
     """A small BERT (Devlin et al. 2019) over bytes, mean-pooled over what is not padding."""
@@ -113,9 +120,11 @@ class ByteTransformer(nn.Module):
         """Map int64 [B, max_bytes] to ([B, W], stages)."""
         mask = inputs != 0
         output = self.backbone(inputs, attention_mask=mask.long(), output_hidden_states=True)
-        weights = mask.unsqueeze(-1).to(output.last_hidden_state.dtype)
-        total = (output.last_hidden_state * weights).sum(1)
-        return total / weights.sum(1).clamp(min=1.0), tuple(output.hidden_states[1:])
+        return pool(output, "mean", mask), tuple(output.hidden_states[1:])
+
+    def stock(self) -> Stock | None:
+        """See ``BackboneEncoder``."""
+        return Stock.make(self.backbone.config, self.backbone, loader="AutoModel")
 
 
 class FeatureEncoder(nn.Module):
@@ -151,15 +160,9 @@ class FeatureEncoder(nn.Module):
             stages.append(hidden)
         return hidden, tuple(stages)
 
-
-def batch_norm_to_group_norm(module: nn.Module, channels_per_group: int = 8) -> None:
-    """Replace every ``BatchNorm2d`` inside ``module`` by a fresh GroupNorm (Wu and He 2018)."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            groups = max(1, child.num_features // channels_per_group)
-            setattr(module, name, nn.GroupNorm(groups, child.num_features))
-        else:
-            batch_norm_to_group_norm(child, channels_per_group)
+    def stock(self) -> Stock | None:
+        """None: it is no model of ``transformers``."""
+        return None
 
 
 def _resnet(shape: tuple[int, ...], width: int, depth: int) -> nn.Module:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cmkd_scale.models.backbone import build_backbone
+from cmkd_scale.models.backbone_spec import BackboneSpec
 from cmkd_scale.models.encoders import as_model_dtype, build_encoder
 from cmkd_scale.records import ModelOutput
 
@@ -49,6 +52,11 @@ class Model(nn.Module):
         blocks: Any = self.encoder.blocks
         return list(blocks)
 
+    def keep_stages(self) -> None:
+        """Return what the encoder's blocks say from now on, where it must be asked for."""
+        encoder: Any = self.encoder
+        encoder.keep_stages = True
+
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of blocks for the backward pass, which computes the rest again.
 
@@ -77,9 +85,28 @@ def build_model(
     depth: int,
     feature_dim: int,
     classes: int,
+    backbone: BackboneSpec | None = None,
+    weights: Path | None = None,
 ) -> Model:
-    """Build a model for samples of ``shape``; see ``build_encoder`` for the errors raised."""
-    network = build_encoder(encoder, shape, width, depth)
+    """Build a model for samples of ``shape``.
+
+    Args:
+        encoder: see ``build_encoder``, as of ``width`` and ``depth``.
+        shape: of one decoded sample.
+        width: of the encoder.
+        depth: of the encoder.
+        feature_dim: width of the shared feature space.
+        classes: number of them.
+        backbone: of ``transformers``, in the place of an encoder.
+        weights: directory with the backbone's weights; None: random ones.
+
+    Raises:
+        UsageError: see ``build_encoder`` and ``build_backbone``.
+    """
+    if backbone is None:
+        network = build_encoder(encoder, shape, width, depth)
+    else:
+        network = build_backbone(backbone, shape, weights)
     return Model(
         network,
         encoder_dim=int(network.out_dim),  # type: ignore[arg-type]

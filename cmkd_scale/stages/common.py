@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config, with_changes
+from cmkd_scale.data.processors import Processor
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.memory.bank import PrototypeMemory, load_memory
+from cmkd_scale.models.backbone_spec import BackboneSpec
 from cmkd_scale.models.model import Model, build_model
+from cmkd_scale.stages.backbones import DIRECTORY, backbone_spec, kept_processor
 from cmkd_scale.stages.runs import read_config, versions
 from cmkd_scale.stages.streams import SplitData, open_split
 from cmkd_scale.training.checkpoint import blob_name, load_newest
@@ -50,9 +53,10 @@ class ModelSpec:
     depth: int
     feature_dim: int
     label_names: tuple[str, ...]
+    backbone: BackboneSpec | None = None
 
-    def build(self) -> Model:
-        """A model with fresh weights."""
+    def build(self, weights: Path | None = None) -> Model:
+        """A model with fresh weights, its backbone's from a directory if one is given."""
         return build_model(
             encoder=self.encoder,
             shape=self.shape,
@@ -60,17 +64,22 @@ class ModelSpec:
             depth=self.depth,
             feature_dim=self.feature_dim,
             classes=len(self.label_names),
+            backbone=self.backbone,
+            weights=weights,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "backbone": self.backbone and self.backbone.to_json()}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> ModelSpec:
         """The inverse of ``to_json`` after a trip through JSON."""
         lists = {"shape": tuple(value["shape"]), "label_names": tuple(value["label_names"])}
-        return ModelSpec(**{**value, **lists})
+        about = value.get("backbone")
+        backbone = None if about is None else BackboneSpec.from_json(about)
+        return ModelSpec(**{**value, **lists, "backbone": backbone})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,8 @@ class Trained:
     config: Config
     state: dict[str, Any]
     taught_by: tuple[Taught, ...]
+    processor: Processor | None = None
+    """Of its backbone, if that has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +130,11 @@ def open_split_for(trained: Trained, config: Config, split: str) -> SplitData:
     Raises:
         UsageError: the split has another modality or other label names than the model's.
     """
-    data = open_split(with_changes(config, {"data.transform": trained.spec.transform}), split)
+    data = open_split(
+        with_changes(config, {"data.transform": trained.spec.transform}),
+        split,
+        lambda modality: trained.processor if modality == trained.spec.modality else None,
+    )
     manifest = data.reader.manifest
     if manifest.modality != trained.spec.modality:
         raise UsageError(
@@ -141,9 +156,14 @@ def with_data_of(trained: Trained, config: Config) -> Config:
 
 
 def make_spec(config: Config, data: SplitData, feature_dim: int) -> ModelSpec:
-    """The model that a config asks for on this data."""
+    """The model that a config asks for on this data.
+
+    Raises:
+        UsageError: see ``backbone_spec``.
+    """
+    modality = data.reader.manifest.modality
     return ModelSpec(
-        modality=data.reader.manifest.modality,
+        modality=modality,
         transform=dict(config.data.transform),
         encoder=config.model.encoder,
         shape=tuple(data.modality.shape),
@@ -151,6 +171,7 @@ def make_spec(config: Config, data: SplitData, feature_dim: int) -> ModelSpec:
         depth=config.model.depth,
         feature_dim=feature_dim,
         label_names=data.label_names,
+        backbone=backbone_spec(config, modality, data.modality),
     )
 
 
@@ -179,6 +200,7 @@ def load_trained(run: Path, role: str) -> Trained:
         weights = {**checkpoint.files[MODEL_FILE], **checkpoint.files.get(AVERAGE_FILE, {})}
         load_weights(model, weights)
         taught_by = taught_by_memories(path, weights)
+        processor = kept_processor(spec.backbone, spec.modality, run / DIRECTORY)
     except (KeyError, TypeError, RuntimeError) as error:
         raise IntegrityError(
             f"Checkpoint {path} does not hold the model that its state describes ({error})."
@@ -189,6 +211,7 @@ def load_trained(run: Path, role: str) -> Trained:
         config=read_config(run),
         state=checkpoint.state,
         taught_by=taught_by,
+        processor=processor,
     )
 
 

@@ -23,6 +23,7 @@ from cmkd_scale.data.sampling import Natural, choose
 from cmkd_scale.errors import UsageError
 from cmkd_scale.losses import LOSSES, Sizes
 from cmkd_scale.models.model import Model
+from cmkd_scale.stages.backbones import weights_directory
 from cmkd_scale.stages.common import ModelSpec, Trained, open_split_for, with_data_of
 from cmkd_scale.stages.streams import SplitData, drawn_places, make_train_loader, open_quarantine
 from cmkd_scale.training.live_teacher import LiveTeacher
@@ -131,12 +132,12 @@ def make_live(
     return LiveTeacher(model, teacher.spec.label_names, names, learns=method.trains_teacher)
 
 
-def make_cohort(method: Method, spec: ModelSpec, seed: int) -> list[Model]:
-    """The students beside the first, each from weights of its own."""
+def make_cohort(method: Method, spec: ModelSpec, config: Config) -> list[Model]:
+    """The students beside the first, each from weights of its own, less a backbone's."""
     cohort = []
     for number in range(1, method.students):
-        torch.manual_seed(stable_hash(seed, number) % 2**31)
-        cohort.append(spec.build())
+        torch.manual_seed(stable_hash(config.run.seed, number) % 2**31)
+        cohort.append(spec.build(weights_directory(config.model)))
     return cohort
 
 
@@ -158,7 +159,7 @@ def sizes_of(
 @torch.no_grad()
 def _stage_channels(model: Model, spec: ModelSpec) -> tuple[int, ...]:
     """Channels of each stage's output, from a sample of zeros."""
-    kind = torch.int64 if len(spec.shape) == 1 else torch.float32  # bytes of text
+    kind = torch.int64 if spec.modality == "text" else torch.float32
     device = next(model.parameters()).device
     stages = model(torch.ones(1, *spec.shape, dtype=kind, device=device)).stages
     return tuple(_channels(stage) for stage in stages)

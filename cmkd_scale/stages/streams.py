@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,17 +22,22 @@ from cmkd_scale.data.loader import TrainLoader
 from cmkd_scale.data.locate import open_manifest
 from cmkd_scale.data.modalities import MODALITIES, Modality
 from cmkd_scale.data.order import Draw, Order
+from cmkd_scale.data.processors import Processor
 from cmkd_scale.data.sampling import choose, draw_from
 from cmkd_scale.data.shards import lost_shards
 from cmkd_scale.data.stream import SampleReader
 from cmkd_scale.errors import IntegrityError, UsageError, did_you_mean
 from cmkd_scale.memory.bank import PrototypeMemory
+from cmkd_scale.stages.backbones import processor_for
 from cmkd_scale.stages.runs import write_json
 
 _log = logging.getLogger(__name__)
 
 QUARANTINE = "quarantine.jsonl"
 LABELS = "labels.json"
+
+ProcessorOf = Callable[[str], Processor | None]
+"""Modality -> what makes its inputs; None: the built-in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +57,13 @@ class SplitData:
         return choose(self.labels, classes=len(self.label_names))
 
 
-def open_split(config: Config, split: str) -> SplitData:
+def open_split(config: Config, split: str, processor_of: ProcessorOf | None = None) -> SplitData:
     """Open a split of the run's shards; a collective call, since it may build them.
+
+    Args:
+        config: of the run.
+        split: of its shards.
+        processor_of: what makes inputs of their modality; None: as the config's model wants it.
 
     Raises:
         UsageError: no such shards or split, or an option the modality does not have.
@@ -66,7 +77,9 @@ def open_split(config: Config, split: str) -> SplitData:
         options=config.data.options,
         cache_limit_bytes=config.data.cache_limit_bytes,
     )
-    modality = make_modality(manifest.modality, config.data.transform)
+    find = processor_of or functools.partial(processor_for, config.model)
+    processor = find(manifest.modality)
+    modality = make_modality(manifest.modality, config.data.transform, processor)
     if not distributed.same_digest(manifest.digest):
         raise UsageError(
             f"The processes find different data at {config.data.shards}; give all machines the "
@@ -98,25 +111,33 @@ def _refuse_losses(reader: SampleReader, max_bad_fraction: float) -> None:
             )
 
 
-def make_modality(name: str, transform: Mapping[str, float | int]) -> Modality:
+def make_modality(
+    name: str, transform: Mapping[str, float | int], processor: Processor | None = None
+) -> Modality:
     """A modality with some of its options set.
 
+    Args:
+        name: of the modality.
+        transform: options.
+        processor: that comes with the backbone, if it has one.
+
     Raises:
-        UsageError: unknown modality or option.
+        UsageError: unknown modality or option, or a processor that cannot be used.
     """
     if name not in MODALITIES:
         raise UsageError(f"Modality '{name}' is unknown; {did_you_mean(name, MODALITIES)}")
-    kind = MODALITIES[name]
-    usual = {field.name: field.default for field in fields(kind)}
+    kind = MODALITIES[name] if processor is None else processor.kind()
+    usual = {field.name: field.default for field in fields(kind) if field.name != "processor"}
     for option, value in transform.items():
         if option not in usual:
+            where = "" if processor is None else " of a backbone with its own processor"
             raise UsageError(
-                f"data.transform.{option} is not an option of modality '{name}'; "
+                f"data.transform.{option} is not an option of modality '{name}'{where}; "
                 f"{did_you_mean(option, usual)}"
             )
         if isinstance(usual[option], int) and not isinstance(value, int):
             raise UsageError(f"data.transform.{option} is {value}; it must be a whole number.")
-    return kind(**transform)
+    return kind(**transform) if processor is None else processor.make(transform)
 
 
 def make_train_loader(config: Config, data: SplitData, directory: Path) -> TrainLoader:

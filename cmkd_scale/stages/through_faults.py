@@ -18,6 +18,7 @@ from cmkd_scale.monitoring.console import ConsoleSink
 from cmkd_scale.monitoring.jsonl import JsonlSink
 from cmkd_scale.monitoring.order_log import OrderLogFile, cut_back_all
 from cmkd_scale.monitoring.sinks import Sink, Sinks
+from cmkd_scale.stages.backbones import weights_directory
 from cmkd_scale.stages.common import ModelSpec, Trained, weights_digest
 from cmkd_scale.stages.company import make_cohort, make_live, make_loader, sizes_of
 from cmkd_scale.stages.streams import SplitData
@@ -172,12 +173,16 @@ def make_module(run: Run) -> Distillation:
     """Model and losses as they begin, on the CPU."""
     config, options = run.config, alignment_options(run.config)
     torch.manual_seed(config.run.seed)
-    model = run.spec.build()
+    model = run.spec.build(weights_directory(config.model))
     if config.train.activation_checkpointing:
         model.checkpoint_activations()
     if config.train.compile:
         model.compile_blocks()
     method, teacher = run.recipe.method, run.recipe.teacher
+    if "stages" in method.values:
+        model.keep_stages()
+    if teacher is not None and "live_stages" in method.values:
+        teacher.model.keep_stages()
     targets = [
         MemoryTargets(memory, steps=config.train.steps, options=options, needs=method.needs)
         for memory in run.memories
@@ -187,7 +192,7 @@ def make_module(run: Run) -> Distillation:
         method,
         targets,
         live=make_live(method, teacher, run.spec.label_names),
-        cohort=make_cohort(method, run.spec, config.run.seed),
+        cohort=make_cohort(method, run.spec, config),
         sizes=sizes_of(method, model, run.spec, teacher),
         trust=run.trust,
         autocast=run.engine.compute,

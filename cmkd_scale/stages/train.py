@@ -13,6 +13,7 @@ from cmkd_scale.errors import UsageError
 from cmkd_scale.memory.alignment import align_to_student
 from cmkd_scale.memory.bank import PrototypeMemory
 from cmkd_scale.memory.controls import apply_control
+from cmkd_scale.stages.backbones import keep_files
 from cmkd_scale.stages.common import (
     ModelSpec,
     Taught,
@@ -49,6 +50,7 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
         check_labels(data, test)
         directory = open_run(config, recipe.stage)
         spec = make_spec(config, data, recipe.feature_dim)
+        keep_files(config, spec.backbone, spec.modality, directory)
         memories = taught_memories(config, recipe, spec)
         compare_streams(config, data, recipe.memories, directory, say=console)
         with watching(
