@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cmkd_scale.errors import UsageError
@@ -145,7 +146,7 @@ def build_backbone(
     out_dim, unused = _probe(json.dumps(spec.to_json()), shape)
     try:
         backbone = make_model(spec.config, spec.attention, directory)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UsageError(f"The weights in {directory} cannot be loaded: {line_of(error)}") from None
     if directory is not None:
         _refuse_missing(backbone.missing_weights - unused, directory)
@@ -195,7 +196,7 @@ def _with_adapters(backbone: Any, spec: BackboneSpec, unused: frozenset[str]) ->
         ) from None
     modules = {name.rpartition(".")[0] for name in unused}
     for name, module in adapted.get_base_model().named_modules():
-        if name in modules:  # has no part in the output
+        if name and name in modules:  # has no part in the output
             module.requires_grad_(False)
     return adapted
 
@@ -204,7 +205,7 @@ def _with_adapters(backbone: Any, spec: BackboneSpec, unused: frozenset[str]) ->
 def _probe(spec_json: str, shape: tuple[int, ...]) -> tuple[int, frozenset[str]]:
     """Width of the pooled output, and the parameters that have no part in it."""
     spec = BackboneSpec.from_json(json.loads(spec_json))
-    with suppress(RuntimeError):  # what looks at values cannot run without any
+    with suppress(RuntimeError, ValueError):  # what looks at values cannot run without any
         return _pass_one(spec, shape, "meta")
     try:
         with torch.random.fork_rng():
@@ -222,7 +223,7 @@ def _pass_one(
     spec: BackboneSpec, shape: tuple[int, ...], device: str
 ) -> tuple[int, frozenset[str]]:
     trained = replace(spec, tuning="full")
-    with torch.device(device):
+    with torch.device(device), torch.enable_grad():
         encoder = BackboneEncoder(make_model(spec.config, spec.attention), trained).train()
         kind = torch.int64 if len(shape) == 1 and spec.padding is not None else torch.float32
         pooled, _ = encoder(torch.ones(1, *shape, dtype=kind))

@@ -72,9 +72,12 @@ def pool(output: Any, how: Pooling, mask: Tensor | None) -> Tensor:
         return hidden[:, 0]
     if mask is None:
         return hidden.mean(1)
-    # Of a stride, as of convolutions over sound, each place covers a part of the input.
-    places = torch.arange(hidden.shape[1], device=hidden.device) / hidden.shape[1]
-    share = mask.sum(1, keepdim=True) / mask.shape[1]
-    weights = (places < share).to(hidden.dtype) if hidden.shape[1] != mask.shape[1] else mask
-    weights = weights.to(hidden.dtype).unsqueeze(-1)
+    places = hidden.shape[1]
+    if places != mask.shape[1]:
+        # Each place covers a part of the input, as of convolutions over sound: those that lie
+        # in it whole, and one at least.
+        ends = torch.arange(1, places + 1, device=hidden.device) / places
+        share = mask.sum(1, keepdim=True) / mask.shape[1]
+        mask = ends <= share.clamp(min=1 / places) + 1e-6
+    weights = mask.to(hidden.dtype).unsqueeze(-1)
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)

@@ -33,15 +33,14 @@ def pretrained_config(directory: Path, modality: str, options: Mapping[str, Any]
     """
     from transformers import AutoConfig
 
-    try:
+    with _explained(f"the configuration in {directory}"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"The configuration in {directory} cannot be read by transformers: {line_of(error)}"
-        ) from None
-    config = getattr(config, _TOWERS.get(modality, ""), config)
-    _set_options(config, options)
-    return _settled(config, modality, str(directory))
+        config = getattr(config, _TOWERS.get(modality, ""), config)
+    _refuse_unknown(config, options)
+    for name, value in options.items():
+        setattr(config, name, value)
+    with _explained(f"the configuration in {directory}"):
+        return _settled(config, modality, str(directory))
 
 
 def random_config(
@@ -65,12 +64,13 @@ def random_config(
             f"model.backbone_config.model_type '{family}' is no family of transformers; "
             f"{did_you_mean(family, CONFIG_MAPPING.keys())}"
         )
-    config = CONFIG_MAPPING[family]()
+    kind = CONFIG_MAPPING[family]
+    usual = kind()
     given = {name: value for name, value in options.items() if name != "model_type"}
-    sizes = _input_sizes(shape)
-    _set_options(config, {k: v for k, v in sizes.items() if k not in given and hasattr(config, k)})
-    _set_options(config, given)
-    return _settled(config, modality, f"model_type '{family}'")
+    _refuse_unknown(usual, given)
+    sizes = {name: value for name, value in _input_sizes(shape).items() if hasattr(usual, name)}
+    with _explained(f"model_type '{family}'"):
+        return _settled(kind(**{**sizes, **given}), modality, f"model_type '{family}'")
 
 
 def _input_sizes(shape: tuple[int, ...]) -> dict[str, Any]:
@@ -93,15 +93,25 @@ def _input_sizes(shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _set_options(config: Any, options: Mapping[str, Any]) -> None:
+def _refuse_unknown(config: Any, options: Mapping[str, Any]) -> None:
     known = config.to_dict()
-    for name, value in options.items():
+    for name in options:
         if name not in known and not hasattr(config, name):
             raise UsageError(
                 f"model.backbone_config.{name} is no option of {type(config).__name__}; "
                 f"{did_you_mean(name, known)}"
             )
-        setattr(config, name, value)
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """What ``transformers`` says of a configuration, as a message to the user."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UsageError(f"transformers refuses {where}: {line_of(error)}") from None
 
 
 def _settled(config: Any, modality: str, where: str) -> dict[str, Any]:

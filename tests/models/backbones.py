@@ -156,7 +156,7 @@ def save_backbone(name: str, directory: Path, seed: int = 0) -> Path:
     for module in model.modules():  # as if it had seen data
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.constant_(module.running_var, 2.0)  # type: ignore[arg-type]
-            torch.nn.init.constant_(module.running_mean, 0.1)  # type: ignore[arg-type]
+            torch.nn.init.constant_(module.running_mean, -0.3)  # type: ignore[arg-type]
     model.save_pretrained(directory)
     family.processor().save_pretrained(directory)
     return directory
