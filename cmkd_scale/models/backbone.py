@@ -208,8 +208,7 @@ def _probe(spec_json: str, shape: tuple[int, ...]) -> tuple[int, frozenset[str]]
     with suppress(RuntimeError, ValueError):  # what looks at values cannot run without any
         return _pass_one(spec, shape, "meta")
     try:
-        with torch.random.fork_rng():
-            return _pass_one(spec, shape, "cpu")
+        return _pass_one(spec, shape, "cpu")
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         family = spec.config["model_type"]
         raise UsageError(
@@ -223,7 +222,8 @@ def _pass_one(
     spec: BackboneSpec, shape: tuple[int, ...], device: str
 ) -> tuple[int, frozenset[str]]:
     trained = replace(spec, tuning="full")
-    with torch.device(device), torch.enable_grad():
+    # The next numbers drawn must not depend on whether the answer was known already.
+    with torch.random.fork_rng(), torch.device(device), torch.enable_grad():
         encoder = BackboneEncoder(make_model(spec.config, spec.attention), trained).train()
         kind = torch.int64 if len(shape) == 1 and spec.padding is not None else torch.float32
         pooled, _ = encoder(torch.ones(1, *shape, dtype=kind))

@@ -154,7 +154,10 @@ def _reads(config: Mapping[str, Any], where: str) -> str:
 def make_model(config: Mapping[str, Any], attention: str, directory: Path | None = None) -> Any:
     """The model, or the encoder of one that has a decoder, with random weights or those there."""
     from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    # Under ZeRO-3 it would cut each weight up as it is made; the engine does that, to whole ones.
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     made = config_object(config)
     kind: Any = AutoModelForTextEncoding if has_text_encoder(made) else AutoModel
     options = {} if attention == "auto" else {"attn_implementation": attention}

@@ -160,6 +160,20 @@ def test_recomputed_blocks_give_the_same_gradient(name: str, hub: Callable[[str]
         torch.testing.assert_close(gradients[1][key], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["vit", "wav2vec2", "modernbert"])
+def test_weights_follow_the_seed_alone(name: str, hub: Callable[[str], Path]) -> None:
+    """Not what has been built before: a sample is passed through once for each kind of backbone."""
+    directory = hub(name)
+    shape = tuple(inputs_of(directory, name, 1).shape[1:])
+    spec = spec_of(directory, name, tuning="lora", lora_rank=3)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        state = build_backbone(spec, shape, directory).state_dict()
+        found.append({**state, "next": torch.rand(1)})
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
 def test_several_pictures_of_a_sample_are_averaged(hub: Callable[[str], Path]) -> None:
     encoder = encoder_of(hub("vit"), "vit")
     one = inputs_of(hub("vit"), "vit", 2)
