@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config, with_changes
@@ -266,8 +267,9 @@ def _sizes(
         traced: of a part of this rank's batch.
         evaluated: samples in a batch of evaluation, over those in that part.
     """
-    trained = sum(value.numel() for value in module.parameters() if value.requires_grad)
-    blocks = [sum(value.numel() for value in b.parameters()) for b in module.model.blocks]
+    trained = _trained(module)
+    blocks = [_trained(block) for block in module.model.blocks]
+    kept = FLOAT * sum(value.numel() for value in module.parameters()) - FLOAT * trained
     frozen = sum(value.numel() * value.element_size() for value in module.buffers())
     teacher = run.recipe.teacher
     if teacher is not None and not run.recipe.method.trains_teacher:
@@ -281,14 +283,20 @@ def _sizes(
         largest_block=max(blocks, default=0),
         frozen_bytes=frozen,
         activation_bytes=traced.activation_bytes,
-        evaluation_bytes=FLOAT * trained + round(evaluated * traced.inference_bytes),
+        evaluation_bytes=FLOAT * trained + kept + round(evaluated * traced.inference_bytes),
         averaged=config.train.ema_decay is not None,
         blob_bytes=sum(len(memory_bytes(memory)) for memory in run.memories),
         gather_bytes=2 if run.engine.compute is torch.bfloat16 else FLOAT,
         runtime_bytes=runtime_bytes,
         context_bytes=_CONTEXT_BYTES if run.engine.device.type == "cuda" else 0,
         cached_bytes=cached * max(1, config.data.workers),
+        kept_bytes=kept,
     )
+
+
+def _trained(module: nn.Module) -> int:
+    """Numbers of a module that are trained."""
+    return sum(value.numel() for value in module.parameters() if value.requires_grad)
 
 
 def _exchange_bytes(run: Run) -> int:

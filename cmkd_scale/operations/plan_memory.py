@@ -52,11 +52,14 @@ class Sizes:
     """On a GPU before there is any model."""
     cached_bytes: int
     """Decoded samples that a rank's processes keep."""
+    kept_bytes: int = 0
+    """Weights of the model that are not trained, as of a frozen backbone."""
 
     @property
     def checkpoint_bytes(self) -> int:
         """Of a checkpoint: weights, two moments, the average, the memories."""
-        return (3 + self.averaged) * FLOAT * self.parameters + self.blob_bytes
+        trained = (3 + self.averaged) * FLOAT * self.parameters
+        return trained + self.kept_bytes + self.blob_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,8 @@ def rank_memory(sizes: Sizes, backend: str, world_size: int) -> RankMemory:
         "moments": moments,
         "activations or evaluation": max(sizes.activation_bytes, sizes.evaluation_bytes),
         "memory and teacher": sizes.frozen_bytes,
+        # FSDP2 and stage 3 cut them up, too, and have a block of them whole: taken as whole here.
+        "frozen backbone": sizes.kept_bytes,
         "average": parameters if sizes.averaged else 0,
         "context": sizes.context_bytes,
     }

@@ -57,6 +57,12 @@ def test_a_checkpoint_holds_weights_moments_average_and_memory() -> None:
     assert rank_memory(SIZES, "ddp", 2).host["checkpoint"] == 12 * BILLION
 
 
+def test_what_is_frozen_has_neither_gradient_nor_moments() -> None:
+    frozen = replace(SIZES, parameters=BILLION // 100, kept_bytes=4 * BILLION)
+    assert rank_memory(frozen, "ddp", 2).device_bytes == 4 * BILLION + 16 * BILLION // 100
+    assert frozen.checkpoint_bytes == 4 * BILLION + 12 * BILLION // 100
+
+
 def test_offload_moves_to_the_host() -> None:
     near, far = (rank_memory(SIZES, name, 4) for name in ("zero3", "zero3_offload"))
     assert near.bytes == far.bytes
