@@ -6,7 +6,7 @@ import functools
 import io
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -135,10 +135,13 @@ def ave_tree(root: Path) -> None:
 VGG_LABELS = ("people eating crisps, chips", "dog barking", "zebra braying")
 
 
-def vggsound_tree(root: Path) -> None:
+def vggsound_tree(
+    root: Path, labels: Sequence[str] = VGG_LABELS, clips_per_label: int = 20
+) -> None:
     rows = []
-    for i in range(60):
-        label, split = VGG_LABELS[i % 3], "test" if i >= 40 else "train"
+    clips = len(labels) * clips_per_label
+    for i in range(clips):
+        label, split = labels[i % len(labels)], "test" if 3 * i >= 2 * clips else "train"
         quoted = f'"{label}"' if "," in label else label
         rows.append(f"-clip_{i:02d},{i},{quoted},{split}")
         if i % 10 != 9:

@@ -1,0 +1,101 @@
+"""Every config below ``configs/`` is valid, fits its data, and trains when it is made small.
+
+The shards are those that the command in the config's own comment builds, from a small tree in the
+layout in which the data set is published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cmkd_scale import cli
+from cmkd_scale.config import Config, load_config
+from cmkd_scale.operations.plan import stage_of
+from cmkd_scale.stages.build_memory import memory
+from cmkd_scale.stages.streams import open_split
+from cmkd_scale.stages.student import student
+from cmkd_scale.stages.teacher import teacher
+from tests.configs.commands import builds
+from tests.configs.shrink import shrink
+from tests.conftest import REPOSITORY
+from tests.data.datasets.published import CASES, VGG_LABELS, vggsound_tree
+
+DIRECTORY = REPOSITORY / "configs"
+CONFIGS = sorted(str(file.relative_to(DIRECTORY)) for file in DIRECTORY.rglob("*.y*ml"))
+
+
+def make_tree(dataset: str, root: Path) -> None:
+    """As published; of VGGSound as many labels as a config may choose."""
+    if dataset == "vggsound":
+        more = [f"sound {number}" for number in range(48)]
+        vggsound_tree(root, [*VGG_LABELS, *more], clips_per_label=3)
+    else:
+        CASES[dataset].make(root)
+
+
+class Workplace:
+    """The directory in which a user types the commands of configs, each one once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._built: set[str] = set()
+        self._results: dict[str, dict[str, Any]] = {}
+        self._makers = {load_config(DIRECTORY / name).run.dir: name for name in CONFIGS}
+        assert len(self._makers) == len(CONFIGS), "two configs write into one run"
+
+    def build_shards(self, name: str) -> None:
+        """Run the commands that the config's comment gives."""
+        for words in builds(DIRECTORY / name):
+            if " ".join(words) in self._built:
+                continue
+            dataset = words[3]
+            tree = self._root / "published" / dataset
+            if not tree.is_dir():
+                make_tree(dataset, tree)
+            source = [str(tree) if word == "DIR" else word for word in words[1:]]
+            assert cli.main([*source, "--workers", "0"]) == 0
+            self._built.add(" ".join(words))
+
+    def train(self, name: str) -> dict[str, Any]:
+        """Results of the config's stage when it is small; what it builds on is made first."""
+        if name not in self._results:
+            config = load_config(DIRECTORY / name)
+            self.build_shards(name)
+            for run in (config.teacher.run, config.memory.run):
+                if run is not None:
+                    self.train(self._makers[run])  # type: ignore[index]
+            small = shrink(config, self._root / "hub")
+            self._results[name] = run_stage(small)
+        return self._results[name]
+
+
+def run_stage(config: Config) -> dict[str, Any]:
+    if stage_of(config) == "memory":
+        return memory(config)
+    stage = {"teacher": teacher, "student": student}[stage_of(config)]
+    return stage(config, console=False)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    root = tmp_path_factory.mktemp("workplace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("CMKD_CACHE", str(root / "cache"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield Workplace(root)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_trains_when_it_is_small(workplace: Workplace, name: str) -> None:
+    results = workplace.train(name)
+    config = load_config(DIRECTORY / name)
+    assert results["stage"] == stage_of(config) == Path(name).stem.partition("_")[0]
+    if results["stage"] == "student":
+        labels = json.loads((Path(str(config.run.dir)) / "labels.json").read_text())
+        print(labels)
