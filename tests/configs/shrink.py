@@ -11,18 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from cmkd_scale.config import Config, with_changes
-from tests.configs.backbones import save_backbone
+from tests.models.backbones import save_backbone
 
-IMAGE_SIZE = 32  # a multiple of every patch
-AUDIO_SIZES = {"n_mels": 32, "frames": 64}
-SMALL: dict[str, Any] = {
+FAMILIES = {
+    "google/vit-large-patch16-224": "vit",
+    "facebook/deit-small-patch16-224": "vit",
+    "facebook/dinov2-large": "dinov2",
+    "MIT/ast-finetuned-audioset-10-10-0.4593": "ast",
+    "facebook/wav2vec2-large": "wav2vec2",
+}
+"""Backbone of a config -> key of ``tests.models.backbones.FAMILIES``."""
+
+SMALL_BACKBONE: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 64,
     "embedding_size": 8,
 }
-"""Options of a backbone's configuration."""
+IMAGE_SIZES: dict[str, float | int] = {"height": 32, "width": 32}
+AUDIO_SIZES: dict[str, float | int] = {"n_mels": 32, "frames": 64, "seconds": 1}
 
 
 def shrink(config: Config, hub: Path) -> Config:
@@ -37,16 +45,29 @@ def shrink(config: Config, hub: Path) -> Config:
         "data.transform": _transform(config),
         "data.options": _builtin_options(config),
         "data.n_per_class": None if config.data.n_per_class is None else 1,
-        "model.width": 8,
+        "model.width": min(config.model.width, 16),
         "model.feature_dim": config.model.feature_dim and 16,
         "model.backbone_config": _backbone_config(config.model.backbone_config),
+        # Whatever these few samples say of the teacher, it teaches.
+        "method.guard": False,
         "train.steps": 3,
         "train.global_batch_size": 4,
         "train.warmup_steps": 1,
     }
-    if config.model.backbone is not None:
-        changes["model.backbone"] = str(save_backbone(config.model.backbone, hub))
-    return with_changes(config, changes)
+    return with_changes(with_small_backbone(config, hub), changes)
+
+
+def with_small_backbone(config: Config, hub: Path) -> Config:
+    """The config as it stands, but for a backbone of the hub, which is a small one.
+
+    Args:
+        config: as published.
+        hub: directory for the small backbones.
+    """
+    if config.model.backbone is None:
+        return config
+    family = FAMILIES[config.model.backbone]
+    return with_changes(config, {"model.backbone": str(save_backbone(family, hub / family))})
 
 
 def _builtin_options(config: Config) -> dict[str, str | int | float]:
@@ -56,14 +77,13 @@ def _builtin_options(config: Config) -> dict[str, str | int | float]:
 
 
 def _transform(config: Config) -> dict[str, float | int]:
-    small: dict[str, float | int] = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "seconds": 1}
-    if config.data.modality == "audio":
-        small |= AUDIO_SIZES  # a picture's frames are in its shards
+    # A picture's frames are in its shards.
+    small = AUDIO_SIZES if config.data.modality == "audio" else IMAGE_SIZES
     return {name: small.get(name, value) for name, value in config.data.transform.items()}
 
 
 def _backbone_config(options: dict[str, Any]) -> dict[str, Any]:
-    small = {name: SMALL.get(name, value) for name, value in options.items()}
+    small = {name: SMALL_BACKBONE.get(name, value) for name, value in options.items()}
     if "hidden_sizes" in small:
         small["hidden_sizes"] = [8 * 2**stage for stage in range(len(small["hidden_sizes"]))]
         small["depths"] = [1] * len(small["depths"])

@@ -7,26 +7,31 @@ layout in which the data set is published.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cmkd_scale import cli
 from cmkd_scale.config import Config, load_config
 from cmkd_scale.operations.plan import stage_of
 from cmkd_scale.stages.build_memory import memory
+from cmkd_scale.stages.common import make_spec
 from cmkd_scale.stages.streams import open_split
 from cmkd_scale.stages.student import student
 from cmkd_scale.stages.teacher import teacher
 from tests.configs.commands import builds
-from tests.configs.shrink import shrink
+from tests.configs.shrink import shrink, with_small_backbone
 from tests.conftest import REPOSITORY
 from tests.data.datasets.published import CASES, VGG_LABELS, vggsound_tree
 
 DIRECTORY = REPOSITORY / "configs"
 CONFIGS = sorted(str(file.relative_to(DIRECTORY)) for file in DIRECTORY.rglob("*.y*ml"))
+
+WITH_SHARDS = [name for name in CONFIGS if builds(DIRECTORY / name)]
 
 
 def make_tree(dataset: str, root: Path) -> None:
@@ -69,9 +74,12 @@ class Workplace:
             for run in (config.teacher.run, config.memory.run):
                 if run is not None:
                     self.train(self._makers[run])  # type: ignore[index]
-            small = shrink(config, self._root / "hub")
-            self._results[name] = run_stage(small)
+            self._results[name] = run_stage(shrink(config, self._root / "hub"))
         return self._results[name]
+
+    def with_small_backbone(self, config: Config) -> Config:
+        """See ``shrink``."""
+        return with_small_backbone(config, self._root / "hub")
 
 
 def run_stage(config: Config) -> dict[str, Any]:
@@ -93,9 +101,43 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_trains_when_it_is_small(workplace: Workplace, name: str) -> None:
-    results = workplace.train(name)
     config = load_config(DIRECTORY / name)
-    assert results["stage"] == stage_of(config) == Path(name).stem.partition("_")[0]
+    assert stage_of(config) == Path(name).stem.partition("_")[0]
+    results = workplace.train(name)
+    assert results["stage"] == stage_of(config)
     if results["stage"] == "student":
         labels = json.loads((Path(str(config.run.dir)) / "labels.json").read_text())
-        print(labels)
+        assert labels["shared"]
+        assert labels["only_here"] == labels["only_there"] == []
+
+
+@pytest.mark.parametrize("name", WITH_SHARDS)
+def test_samples_fit_the_model_in_full(workplace: Workplace, name: str) -> None:
+    """With the transform as it stands; a backbone of the hub is a small one, others have no data
+    in their weights."""
+    workplace.build_shards(name)
+    config = workplace.with_small_backbone(load_config(DIRECTORY / name))
+    splits = [open_split(config, split) for split in ("train", "validation", "test")]
+    assert len({split.label_names for split in splits}) == 1
+    assert all(split.reader.manifest.modality == config.data.modality for split in splits)
+    train = splits[0]
+    decoded = train.modality.decode(train.reader[0].members)
+    assert decoded.shape == train.modality.shape
+    assert bool(decoded.isfinite().all())
+    if config.data.modality == "image":
+        frames = config.data.transform.get("frames", 1)
+        assert train.reader.manifest.options["frames"] == frames
+    with torch.device("meta"):
+        model = make_spec(config, train, config.model.feature_dim or 8).build()
+        output = model(torch.empty(1, *train.modality.shape))
+    assert output.logits.shape == (1, len(train.label_names))
+
+
+@pytest.mark.parametrize("name", WITH_SHARDS)
+def test_steps_are_those_of_the_comment(name: str) -> None:
+    """``N epochs x M clips / B``, to a hundredth."""
+    found = re.findall(r"# (\d+) epochs x ([\d,]+) .*?/ ([\d,]+)", (DIRECTORY / name).read_text())
+    ((epochs, samples, batch),) = [[int(word.replace(",", "")) for word in row] for row in found]
+    train = load_config(DIRECTORY / name).train
+    assert train.global_batch_size == batch
+    assert train.steps == pytest.approx(epochs * samples / batch, rel=0.01)
