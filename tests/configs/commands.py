@@ -1,4 +1,4 @@
-"""The commands that a file's comments or Markdown tell its reader to type."""
+"""The commands that the comments of a config tell its reader to type."""
 
 from __future__ import annotations
 

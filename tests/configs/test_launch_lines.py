@@ -96,5 +96,5 @@ def deepspeed_file(options: Namespace) -> str | None:
         return str(options.deepspeed_config_file)
     config = REPOSITORY / options.config_file
     load_config_from_file(str(config))  # refuses keys that it does not know
-    section = yaml.safe_load(config.read_text()).get("deepspeed_config", {})
-    return section.get("deepspeed_config_file")
+    section = yaml.safe_load(config.read_text()).get("deepspeed_config")
+    return section and str(section["deepspeed_config_file"])
