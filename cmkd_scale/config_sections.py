@@ -118,6 +118,10 @@ class TeacherConfig(Section):
     shards: str | None = None
     """Where a teacher that runs beside the student finds its own samples; unset: the shards that
     it was trained on."""
+    cache: Path | None = None
+    """A directory of one teacher's outputs, each split in one of its own. ``cmkd memory`` reads
+    what is there and writes what is not; a student whose method reads a frozen teacher sample by
+    sample reads them in its place (of samples that are not augmented)."""
 
 
 class MemoryConfig(Section):

@@ -1,18 +1,10 @@
-"""What a step reads beside its labelled samples: samples of the teacher, and unlabelled ones.
-
-Which teacher's sample stands beside which student's is decided by the place in the order alone, as
-everything about the order is: not by rank, worker or batch size. ``data.mode`` says how:
-
-- ``paired``: the sample with the same key, both views of one event;
-- ``class_matched``: a random one of the same class, as the reference implementation draws them;
-- ``unpaired``: any, drawn without a look at the student's.
-"""
+"""What a step reads beside its labelled samples: samples of the teacher, and unlabelled ones."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +14,23 @@ from torch import Tensor
 from cmkd_scale.data.decoding import Decoder, Request
 from cmkd_scale.data.loader import TrainLoader
 from cmkd_scale.data.modalities import Modality
-from cmkd_scale.data.order import Ints, mix64, rank_positions, stable_hash
+from cmkd_scale.data.order import Ints, rank_positions
+from cmkd_scale.data.partners import Mode, Partners
 from cmkd_scale.data.stream import SampleReader
-from cmkd_scale.errors import CmkdError, IntegrityError, UsageError
+from cmkd_scale.data.teacher_outputs import TeacherOutputs
+from cmkd_scale.errors import CmkdError, IntegrityError
 from cmkd_scale.records import Batch
-
-Mode = Literal["unpaired", "class_matched", "paired"]
 
 TEACHER_INPUTS = "teacher_inputs"
 TEACHER_LABELS = "teacher_labels"
+TEACHER_FEATURES = "teacher_features"
+TEACHER_LOGITS = "teacher_logits"
 UNLABELLED = "unlabelled_inputs"
 UNLABELLED_WEAK = "unlabelled_weak_inputs"
 
-_TEACHER = 0x74656163686572  # sets these draws apart from those of epochs
 
-
-class TeacherSamples:
-    """The teacher's samples, one for each student sample of a batch."""
+class TeacherSamples(Partners):
+    """The teacher's samples themselves."""
 
     def __init__(
         self,
@@ -51,77 +43,23 @@ class TeacherSamples:
         augment: bool,
         cache_bytes: int = 0,
     ) -> None:
-        """Group the teacher's samples by class, or by key.
+        """Read a split of the teacher's.
 
         Args:
-            reader: of the teacher's split.
+            reader: of the split.
             modality: decodes and augments.
-            labels: [N] of the teacher's samples in the student's classes; -1: none of them.
-            mode: see the module.
+            labels: see ``Partners``.
+            mode: see ``partners``.
             seed: of draws and augmentation.
             augment: whether to augment.
             cache_bytes: decoded samples kept in memory.
         """
-        self.labels = labels
-        self.mode = mode
-        self.seed = seed
+        super().__init__(labels, mode=mode, seed=seed, keys=map(reader.key, range(len(reader))))
         self._decoder = Decoder(
             reader, modality, seed=seed, augment=augment, cache_bytes=cache_bytes
         )
-        known = np.flatnonzero(labels >= 0)
-        order = known[np.argsort(labels[known], kind="stable")]
-        self._by_class = order
-        size = int(labels.max(initial=-1)) + 1
-        self._count = np.bincount(labels[known], minlength=size)
-        self._start = np.cumsum(self._count) - self._count
-        self._place: dict[str, int] = {}
-        if mode == "paired":
-            self._place = {reader.key(place): place for place in range(len(reader))}
 
-    def require_keys(self, keys: Sequence[str]) -> None:
-        """Refuse student samples that have no partner.
-
-        Raises:
-            UsageError: naming some.
-        """
-        _refuse_missing(
-            [key for key in keys if key not in self._place],
-            len(keys),
-            "samples of the student have no partner of the same key among the teacher's",
-            "data.mode=class_matched",
-        )
-
-    def require_classes(self, classes: Mapping[int, str]) -> None:
-        """Refuse a student with classes (index -> name) that the teacher's data lacks.
-
-        Raises:
-            UsageError: naming them.
-        """
-        lacking = [
-            name
-            for label, name in classes.items()
-            if label >= len(self._count) or self._count[label] == 0
-        ]
-        _refuse_missing(
-            lacking,
-            len(classes),
-            "classes have no sample of the teacher's to stand beside the student's",
-            "data.mode=unpaired, or leave those classes out",
-        )
-
-    def beside(self, batch: Batch, counts: Ints, epoch_size: int) -> dict[str, Tensor]:
-        """The teacher's inputs [B, ...] and labels [B] for a batch.
-
-        Args:
-            batch: of the student.
-            counts: [B] place of each of its samples in the endless order.
-            epoch_size: samples in an epoch.
-
-        Raises:
-            IntegrityError: a sample cannot be read: no other may stand in its place.
-        """
-        places = self._choose(batch, counts)
-        epoch, position = np.divmod(counts, epoch_size)
+    def _read(self, places: Ints, epoch: Ints, position: Ints) -> dict[str, Tensor]:
         delivery = self._decoder[Request(places, epoch, position)]
         if isinstance(delivery, CmkdError):
             raise delivery
@@ -135,16 +73,43 @@ class TeacherSamples:
             TEACHER_LABELS: torch.from_numpy(self.labels[places]),
         }
 
-    def _choose(self, batch: Batch, counts: Ints) -> Ints:
-        if self.mode == "paired":
-            return np.array([self._place[key] for key in batch.keys], dtype=np.int64)
-        drawn = mix64(counts.astype(np.uint64) ^ np.uint64(stable_hash(self.seed, _TEACHER)))
-        if self.mode == "unpaired":
-            anywhere = (drawn % np.uint64(len(self._by_class))).astype(np.int64)
-            return np.asarray(self._by_class[anywhere])
-        labels = batch.labels.numpy()
-        within = (drawn % self._count[labels].astype(np.uint64)).astype(np.int64)
-        return np.asarray(self._by_class[self._start[labels] + within])
+
+class CachedSamples(Partners):
+    """What the teacher has said of its samples, without augmentation, in the place of them.
+
+    Samples are in the order of their split, so a draw finds the one that it finds in the split.
+    """
+
+    def __init__(
+        self, outputs: TeacherOutputs, labels: NDArray[np.int64], *, mode: Mode, seed: int
+    ) -> None:
+        """Read outputs; neither the teacher nor its shards are needed.
+
+        Args:
+            outputs: of the teacher.
+            labels: [N] of its samples, by position, in the student's classes; -1: none of them.
+            mode: see ``partners``.
+            seed: of draws.
+        """
+        order = np.argsort(outputs.samples.places.numpy())
+        keys = (outputs.samples.keys[position] for position in order.tolist())
+        super().__init__(labels[order], mode=mode, seed=seed, keys=keys)
+        self._outputs = outputs
+        self._order = order
+
+    def _read(self, places: Ints, epoch: Ints, position: Ints) -> dict[str, Tensor]:
+        positions = self._order[places]
+        lacking = positions[self._outputs.missing[positions]].tolist()
+        if lacking:
+            raise IntegrityError(
+                f"{self._outputs.directory} lacks sample {self._outputs.samples.keys[lacking[0]]}, "
+                "which was damaged when it was written, and no other may stand in the place of a "
+                "teacher's sample: build the teacher's shards again, remove that directory, and "
+                "run `cmkd memory` with this teacher.cache."
+            )
+        features, logits = self._outputs.read(positions)
+        labels = torch.from_numpy(self.labels[places])
+        return {TEACHER_FEATURES: features, TEACHER_LOGITS: logits, TEACHER_LABELS: labels}
 
 
 class Accompanied:
@@ -154,14 +119,14 @@ class Accompanied:
         self,
         main: TrainLoader,
         *,
-        teacher: TeacherSamples | None = None,
+        teacher: Partners | None = None,
         unlabelled: tuple[TrainLoader, TrainLoader] | None = None,
     ) -> None:
         """Join streams to the labelled one.
 
         Args:
             main: of labelled samples.
-            teacher: of the teacher's samples.
+            teacher: the teacher's samples, or what it has said of them.
             unlabelled: the same samples twice, augmented and as they are.
         """
         self.main = main
@@ -222,11 +187,3 @@ class Accompanied:
         main = self.main
         stop = begin + main.global_batch_size
         return np.array(rank_positions(begin, stop, main.rank, main.world_size), dtype=np.int64)
-
-
-def _refuse_missing(missing: Sequence[str], of: int, what: str, remedy: str) -> None:
-    if missing:
-        raise UsageError(
-            f"{len(missing)} of {of} {what} ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}): set {remedy}."
-        )

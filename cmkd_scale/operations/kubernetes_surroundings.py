@@ -53,6 +53,7 @@ def _paths(config: Config) -> list[tuple[str, str]]:
         ("run.dir", config.run.dir),
         ("data.source", config.data.source),
         ("teacher.run", config.teacher.run),
+        ("teacher.cache", config.teacher.cache),
         *(("memory.run", run) for run in runs),
         ("memory.previous", config.memory.previous),
         ("monitor.targets_dir", config.monitor.targets_dir),

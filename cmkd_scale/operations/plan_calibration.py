@@ -26,7 +26,7 @@ from cmkd_scale.memory.bank import memory_bytes
 from cmkd_scale.operations.plan_memory import FLOAT, Sizes
 from cmkd_scale.operations.plan_trace import Traced, trace
 from cmkd_scale.records import Batch
-from cmkd_scale.stages.common import make_spec
+from cmkd_scale.stages.common import Trained, make_spec
 from cmkd_scale.stages.company import make_loader
 from cmkd_scale.stages.forward_pass import BATCH_SIZE
 from cmkd_scale.stages.streams import SplitData, make_draw
@@ -272,7 +272,7 @@ def _sizes(
     kept = FLOAT * sum(value.numel() for value in module.parameters()) - FLOAT * trained
     frozen = sum(value.numel() * value.element_size() for value in module.buffers())
     teacher = run.recipe.teacher
-    if teacher is not None and not run.recipe.method.trains_teacher:
+    if isinstance(teacher, Trained) and not run.recipe.method.trains_teacher:
         frozen += FLOAT * sum(value.numel() for value in teacher.model.parameters())
     config, data = run.config, run.data
     sample = FLOAT * math.prod(data.modality.shape)

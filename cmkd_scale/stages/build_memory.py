@@ -5,8 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from cmkd_scale.memory.bank import (
 from cmkd_scale.memory.build import build_memory
 from cmkd_scale.memory.one_class import Recipe
 from cmkd_scale.memory.spool import Spool
-from cmkd_scale.monitoring.console import counting
 from cmkd_scale.stages.common import (
     Trained,
     load_trained,
@@ -37,8 +36,10 @@ from cmkd_scale.stages.common import (
 )
 from cmkd_scale.stages.memory_file import find_finished, save_if_agreed
 from cmkd_scale.stages.pass_identity import memory_identity, pass_identity
+from cmkd_scale.stages.reading import Start, progress, stop_if_signalled
 from cmkd_scale.stages.runs import open_run, write_results
-from cmkd_scale.stages.teacher_pass import PASS, Passed, Start, run_pass, stop_if_signalled
+from cmkd_scale.stages.teacher_cache import is_written, open_reading
+from cmkd_scale.stages.teacher_pass import PASS, Passed, run_pass
 from cmkd_scale.stages.watching import watching
 from cmkd_scale.training.preemption import Preemption
 
@@ -49,7 +50,8 @@ def memory(config: Config) -> dict[str, Any]:
     The shards are ``data.shards``, or those that the teacher was trained on. The digest is
     the same for every number of processes and every order of shards: batches have the same
     samples in any case, and CPUs compute on one thread. A build that was interrupted goes on,
-    on any number of processes; where all find the memory that it ends in, that is it.
+    on any number of processes; where all find the memory that it ends in, that is it. With
+    ``teacher.cache``, the teacher's outputs are read from there, and written first if they lack.
 
     Raises:
         PreemptedError: a signal asked for a stop; what has passed the teacher is kept.
@@ -81,7 +83,8 @@ def memory(config: Config) -> dict[str, Any]:
     }
     file = directory / FILE_NAME
     result = find_finished(file, provenance["made_of"])
-    if result is not None:
+    splits = config.data.train_split, config.data.validation_split
+    if result is not None and is_written(config, *splits):
         digest, reused = result.digest(), result.provenance["counts"]["memory/batches"]
     else:
         watched = watching(config, directory, stage="memory", modality=trained.spec.modality)
@@ -96,8 +99,10 @@ def memory(config: Config) -> dict[str, Any]:
                 preemption,
                 watch.watchdog,
             )
-            with _progress(f"samples of {data.reader.manifest.name} through the teacher") as tell:
-                passed = run_pass(start, identity, tell)
+            pairs = zip((data, held_out), splits, strict=True)
+            reading, kept_out = (open_reading(start, split, name) for split, name in pairs)
+            with progress(f"samples of {data.reader.manifest.name} through the teacher") as tell:
+                passed = run_pass(start, reading, kept_out, identity, tell)
             result = _build(passed, recipe, data.label_names, provenance, start)
         digest, reused = save_if_agreed(result, file), passed.reused
     counts = {**result.provenance["counts"], "memory/batches_reused": reused}
@@ -125,7 +130,7 @@ def _build(
     start: Start,
 ) -> PrototypeMemory:
     """The memory of a pass; a signal ends it between two blocks of classes."""
-    with _progress("classes into the memory") as tell:
+    with progress("classes into the memory") as tell:
 
         def after_block(done: int, total: int) -> None:
             tell(done, total)
@@ -192,11 +197,6 @@ def _peak_resident_bytes() -> int:
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     return max(distributed.gather_integers(usage * unit))
-
-
-def _progress(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    """Progress on rank 0."""
-    return counting(title) if distributed.is_main() else nullcontext(lambda done, total: None)
 
 
 def _check_finished(trained: Trained, run: Path) -> None:

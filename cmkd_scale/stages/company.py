@@ -7,7 +7,9 @@ the methods that want them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +18,35 @@ from torch import Tensor
 
 from cmkd_scale import distributed
 from cmkd_scale.config import Config, with_changes
-from cmkd_scale.data.companions import Accompanied, TeacherSamples
+from cmkd_scale.data.companions import Accompanied, CachedSamples, TeacherSamples
 from cmkd_scale.data.loader import TrainLoader
 from cmkd_scale.data.order import Draw, Order, stable_hash
+from cmkd_scale.data.partners import Partners
 from cmkd_scale.data.sampling import Natural, choose
+from cmkd_scale.data.teacher_outputs import TeacherOutputs
 from cmkd_scale.errors import UsageError
 from cmkd_scale.losses import LOSSES, Sizes
 from cmkd_scale.models.model import Model
 from cmkd_scale.stages.backbones import weights_directory
-from cmkd_scale.stages.common import ModelSpec, Trained, open_split_for, with_data_of
+from cmkd_scale.stages.common import (
+    ModelSpec,
+    Trained,
+    open_split_for,
+    weights_digest,
+    with_data_of,
+)
 from cmkd_scale.stages.streams import SplitData, drawn_places, make_train_loader, open_quarantine
-from cmkd_scale.training.live_teacher import LiveTeacher
+from cmkd_scale.training.live_teacher import CachedTeacher, LiveTeacher, SampleTeacher
 from cmkd_scale.training.method import Method
+
+Teacher = Trained | TeacherOutputs
+"""One that runs beside the student, or what it has said."""
 
 _OTHERS = 1  # sets the order of unlabelled samples apart from that of the labelled ones
 
 
 def make_loader(
-    config: Config, method: Method, teacher: Trained | None, data: SplitData, directory: Path
+    config: Config, method: Method, teacher: Teacher | None, data: SplitData, directory: Path
 ) -> TrainLoader | Accompanied:
     """This rank's endless batches with all that the method reads; a collective call.
 
@@ -48,20 +61,8 @@ def make_loader(
     return Accompanied(main, teacher=samples, unlabelled=others)
 
 
-def _teacher_samples(config: Config, teacher: Trained, data: SplitData) -> TeacherSamples:
-    theirs = with_data_of(teacher, config)
-    if config.teacher.shards is not None:
-        theirs = with_changes(theirs, {"data.shards": config.teacher.shards})
-    split = open_split_for(teacher, theirs, theirs.data.train_split)
-    samples = TeacherSamples(
-        split.reader,
-        split.modality,
-        _in_classes(split, data.label_names),
-        mode=config.data.mode,
-        seed=config.run.seed,
-        augment=config.data.augment,
-        cache_bytes=config.data.cache_bytes,
-    )
+def _teacher_samples(config: Config, teacher: Teacher, data: SplitData) -> Partners:
+    samples = _partners(config, teacher, data.label_names)
     places = drawn_places(config, data)
     if config.data.mode == "paired":
         samples.require_keys([data.reader.key(int(place)) for place in places])
@@ -71,11 +72,33 @@ def _teacher_samples(config: Config, teacher: Trained, data: SplitData) -> Teach
     return samples
 
 
-def _in_classes(split: SplitData, names: tuple[str, ...]) -> NDArray[np.int64]:
-    """[N] labels of a split as places in ``names``; -1 for classes that are not there."""
+def _partners(config: Config, teacher: Teacher, names: tuple[str, ...]) -> Partners:
+    mode, seed = config.data.mode, config.run.seed
+    if isinstance(teacher, TeacherOutputs):
+        labels = _in_classes(teacher.samples.labels.numpy(), teacher.manifest.label_names, names)
+        return CachedSamples(teacher, labels, mode=mode, seed=seed)
+    theirs = with_data_of(teacher, config)
+    if config.teacher.shards is not None:
+        theirs = with_changes(theirs, {"data.shards": config.teacher.shards})
+    split = open_split_for(teacher, theirs, theirs.data.train_split)
+    return TeacherSamples(
+        split.reader,
+        split.modality,
+        _in_classes(split.labels, split.label_names, names),
+        mode=mode,
+        seed=seed,
+        augment=config.data.augment,
+        cache_bytes=config.data.cache_bytes,
+    )
+
+
+def _in_classes(
+    labels: NDArray[np.integer[Any]], theirs: Sequence[str], names: Sequence[str]
+) -> NDArray[np.int64]:
+    """[N] a teacher's labels as places in ``names``; -1 for classes that are not there."""
     place = {name: index for index, name in enumerate(names)}
-    of_class = np.array([place.get(name, -1) for name in split.label_names] + [-1], dtype=np.int64)
-    return np.asarray(of_class[split.labels])  # UNLABELLED is -1: the last entry
+    of_class = np.array([place.get(name, -1) for name in theirs] + [-1], dtype=np.int64)
+    return np.asarray(of_class[labels])  # UNLABELLED is -1: the last entry
 
 
 def _unlabelled(
@@ -123,13 +146,32 @@ def _unlabelled_draw(config: Config, data: SplitData) -> Draw:
 
 
 def make_live(
-    method: Method, teacher: Trained | None, names: tuple[str, ...]
-) -> LiveTeacher | None:
-    """The teacher that runs beside the student; its run's model stays as it is."""
+    method: Method, teacher: Teacher | None, names: tuple[str, ...]
+) -> SampleTeacher | None:
+    """The teacher that is read sample by sample; its run's model stays as it is."""
     if teacher is None:
         return None
+    if isinstance(teacher, TeacherOutputs):
+        known = teacher.samples
+        return CachedTeacher(
+            known.head_weight, known.head_bias, teacher.manifest.label_names, names
+        )
     model = copy.deepcopy(teacher.model) if method.trains_teacher else teacher.model
     return LiveTeacher(model, teacher.spec.label_names, names, learns=method.trains_teacher)
+
+
+def teacher_digest(teacher: Teacher | None) -> str | None:
+    """SHA-256 of its weights."""
+    if isinstance(teacher, TeacherOutputs):
+        return str(teacher.manifest.fingerprint["teacher"])
+    return None if teacher is None else weights_digest(teacher.model)
+
+
+def teacher_width(teacher: Teacher) -> int:
+    """Width E of its features."""
+    if isinstance(teacher, TeacherOutputs):
+        return teacher.manifest.feature_dim
+    return teacher.spec.feature_dim
 
 
 def make_cohort(method: Method, spec: ModelSpec, config: Config) -> list[Model]:
@@ -142,7 +184,7 @@ def make_cohort(method: Method, spec: ModelSpec, config: Config) -> list[Model]:
 
 
 def sizes_of(
-    method: Method, model: Model, spec: ModelSpec, teacher: Trained | None
+    method: Method, model: Model, spec: ModelSpec, teacher: Teacher | None
 ) -> Sizes | None:
     """What losses with parameters are built from; None if the method has none."""
     if teacher is None or all(LOSSES[name].build is None for name in method.components):
@@ -150,9 +192,11 @@ def sizes_of(
     return Sizes(
         classes=len(spec.label_names),
         student_dim=model.head.in_features,
-        teacher_dim=teacher.model.head.in_features,
+        teacher_dim=teacher_width(teacher),
         student_stages=_stage_channels(model, spec),
-        teacher_stages=_stage_channels(teacher.model, teacher.spec),
+        teacher_stages=()  # no method that reads stages has a teacher in files
+        if isinstance(teacher, TeacherOutputs)
+        else _stage_channels(teacher.model, teacher.spec),
     )
 
 

@@ -21,7 +21,7 @@ from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.files import read_json, to_json, write_atomically
 
 _locks: dict[Path, int] = {}
-"""Open directories of the runs that this process writes into; locked until it ends."""
+"""Open directories that this process writes into; locked until it ends."""
 
 
 def open_run(config: Config, stage: str) -> Path:
@@ -38,7 +38,7 @@ def open_run(config: Config, stage: str) -> Path:
     def prepare() -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            _lock(directory)
+            lock(directory, "run.dir")
             check_same_run(directory, config, stage)
             write_atomically(directory / "env.json", to_json(_environment(stage)))
             save_config(config, directory / "config.yaml")
@@ -132,8 +132,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _lock(directory: Path) -> None:
-    """Keep other processes from writing into the same run."""
+def lock(directory: Path, option: str) -> None:
+    """Keep other processes from writing into the same directory until this one ends.
+
+    Raises:
+        UsageError: one is writing; ``option`` is what names the directory.
+    """
     key = directory.resolve()
     if key in _locks:
         return
@@ -143,7 +147,7 @@ def _lock(directory: Path) -> None:
     except BlockingIOError:
         os.close(handle)
         raise UsageError(
-            f"Another process is writing into {directory}; wait for it, or choose another run.dir."
+            f"Another process is writing into {directory}; wait for it, or choose another {option}."
         ) from None
     _locks[key] = handle
 

@@ -20,6 +20,7 @@ from cmkd_scale.data.damage import Incident, Quarantine, allowance
 from cmkd_scale.data.labels import LabelMap, LabelReport, compare_labels
 from cmkd_scale.data.loader import TrainLoader
 from cmkd_scale.data.locate import open_manifest
+from cmkd_scale.data.manifest import Manifest
 from cmkd_scale.data.modalities import MODALITIES, Modality
 from cmkd_scale.data.order import Draw, Order
 from cmkd_scale.data.processors import Processor
@@ -68,15 +69,7 @@ def open_split(config: Config, split: str, processor_of: ProcessorOf | None = No
     Raises:
         UsageError: no such shards or split, or an option the modality does not have.
     """
-    config.require("data.shards")
-    manifest = open_manifest(
-        str(config.data.shards),
-        split=split,
-        modality=config.data.modality,
-        source=config.data.source,
-        options=config.data.options,
-        cache_limit_bytes=config.data.cache_limit_bytes,
-    )
+    manifest = manifest_of(config, split)
     find = processor_of or functools.partial(processor_for, config.model)
     processor = find(manifest.modality)
     modality = make_modality(manifest.modality, config.data.transform, processor)
@@ -95,6 +88,23 @@ def open_split(config: Config, split: str, processor_of: ProcessorOf | None = No
         labels=reader.labels(),
         max_bad_fraction=config.data.max_bad_fraction,
         workers=config.data.workers,
+    )
+
+
+def manifest_of(config: Config, split: str) -> Manifest:
+    """What there is to know of a split without its shards; collective, since it may build them.
+
+    Raises:
+        UsageError: no such shards or split.
+    """
+    config.require("data.shards")
+    return open_manifest(
+        str(config.data.shards),
+        split=split,
+        modality=config.data.modality,
+        source=config.data.source,
+        options=config.data.options,
+        cache_limit_bytes=config.data.cache_limit_bytes,
     )
 
 

@@ -16,6 +16,8 @@ from cmkd_scale.stages.common import (
     load_trained,
     weights_digest,
 )
+from cmkd_scale.stages.company import Teacher, teacher_width
+from cmkd_scale.stages.teacher_cache import open_cached
 from cmkd_scale.stages.through_faults import Recipe, alignment_options
 from cmkd_scale.stages.train import train
 from cmkd_scale.training.alignment_options import check_options
@@ -56,11 +58,15 @@ def student_recipe(config: Config) -> Recipe:
         Offer(
             memories=len(memories),
             teacher=config.teacher.run is not None,
+            cached=config.teacher.cache is not None,
             mode=config.data.mode,
             unlabelled=config.data.unlabelled != "none",
         ),
     )
-    teacher = _live_teacher(config) if method.live else None
+    teacher: Teacher | None = None
+    if method.live:
+        cached = config.teacher.cache is not None
+        teacher = open_cached(config) if cached else _live_teacher(config)
     if method.needs_memory:
         check_options(alignment_options(config))
         if config.method.transport == "label_free" and method.reads_soft_labels:
@@ -74,7 +80,7 @@ def student_recipe(config: Config) -> Recipe:
     digest = "+".join(memory.digest() for memory in memories) or None
     width = memories[0].feature_dim if memories else DEFAULT_FEATURE_DIM
     if teacher is not None:
-        width = teacher.spec.feature_dim
+        width = teacher_width(teacher)
     if control != "none" and not method.needs_memory:
         _log.warning("method.control=%s changes nothing: %s has no teacher.", control, name)
     return Recipe(

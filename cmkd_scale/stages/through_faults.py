@@ -19,8 +19,15 @@ from cmkd_scale.monitoring.jsonl import JsonlSink
 from cmkd_scale.monitoring.order_log import OrderLogFile, cut_back_all
 from cmkd_scale.monitoring.sinks import Sink, Sinks
 from cmkd_scale.stages.backbones import weights_directory
-from cmkd_scale.stages.common import ModelSpec, Trained, weights_digest
-from cmkd_scale.stages.company import make_cohort, make_live, make_loader, sizes_of
+from cmkd_scale.stages.common import ModelSpec, Trained
+from cmkd_scale.stages.company import (
+    Teacher,
+    make_cohort,
+    make_live,
+    make_loader,
+    sizes_of,
+    teacher_digest,
+)
 from cmkd_scale.stages.streams import SplitData
 from cmkd_scale.stages.watching import Watch
 from cmkd_scale.training.alignment_options import AlignmentOptions
@@ -51,8 +58,8 @@ class Recipe:
     memory_digest: str | None = None
     """Of the memories as built; of several, one after the other."""
     memory_files: tuple[str, ...] = ()
-    teacher: Trained | None = None
-    """That runs beside the student."""
+    teacher: Teacher | None = None
+    """That is read sample by sample."""
     guarded: bool = False
     """Whether the guard decides how far each memory is trusted."""
 
@@ -138,7 +145,7 @@ def _make_trainer(run: Run, before: Trainer | None) -> tuple[Trainer, Path | Non
             "method": run.recipe.method_name,
             "config_digest": config.digest(),
             "memory_digest": run.recipe.memory_digest,
-            "teacher_digest": None if teacher is None else weights_digest(teacher.model),
+            "teacher_digest": teacher_digest(teacher),
         },
         blobs=blobs,
         watchdog=run.watch.watchdog,
@@ -181,7 +188,7 @@ def make_module(run: Run) -> Distillation:
     method, teacher = run.recipe.method, run.recipe.teacher
     if "stages" in method.values:
         model.keep_stages()
-    if teacher is not None and "live_stages" in method.values:
+    if isinstance(teacher, Trained) and "live_stages" in method.values:
         teacher.model.keep_stages()
     targets = [
         MemoryTargets(memory, steps=config.train.steps, options=options, needs=method.needs)

@@ -8,18 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cmkd_scale.data.companions import (
-    TEACHER_INPUTS,
-    TEACHER_LABELS,
-    UNLABELLED,
-    UNLABELLED_WEAK,
-)
+from cmkd_scale.data.companions import UNLABELLED, UNLABELLED_WEAK
 from cmkd_scale.losses import LOSSES, UNLABELLED_VALUES, Sizes
 from cmkd_scale.losses.precision import at_least_float
 from cmkd_scale.models.model import Model
 from cmkd_scale.records import ModelOutput
 from cmkd_scale.training.exchange import Exchange, Outgoing
-from cmkd_scale.training.live_teacher import LiveTeacher, Values
+from cmkd_scale.training.live_teacher import SampleTeacher, Values
 from cmkd_scale.training.method import Method
 from cmkd_scale.training.projectors import (
     Projector,
@@ -88,7 +83,7 @@ class Distillation(nn.Module):
         method: Method,
         targets: Sequence[MemoryTargets] = (),
         *,
-        live: LiveTeacher | None = None,
+        live: SampleTeacher | None = None,
         cohort: Sequence[Model] = (),
         sizes: Sizes | None = None,
         trust: Sequence[float] = (),
@@ -103,7 +98,7 @@ class Distillation(nn.Module):
             model: the network to train.
             method: components and weights.
             targets: a memory each; none for methods without one.
-            live: the teacher that runs beside the student, if the method needs one.
+            live: the teacher that is read sample by sample, if the method needs one.
             cohort: further students that learn along (``mutual``).
             sizes: of student and live teacher, for losses that have parameters.
             trust: of each memory, 0 to 1, as the guard has it; none given: full.
@@ -185,7 +180,7 @@ class Distillation(nn.Module):
             with torch.no_grad():
                 values["unlabelled_weak_logits"] = self.model(beside[UNLABELLED_WEAK]).logits
         if self.live is not None:
-            values |= self.live(beside[TEACHER_INPUTS], beside[TEACHER_LABELS])
+            values |= self.live(*(beside[name] for name in self.live.reads))
         return values
 
     def _losses(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from cmkd_scale.errors import UsageError, did_you_mean
 from cmkd_scale.losses import LOSSES
-from cmkd_scale.training.live_teacher import LiveTeacher
+from cmkd_scale.training.live_teacher import CachedTeacher, LiveTeacher
 from cmkd_scale.training.method import Method
 from cmkd_scale.training.methods import METHODS
 from cmkd_scale.training.targets import MemoryTargets
@@ -21,6 +21,8 @@ class Offer:
     memories: int = 0
     teacher: bool = False
     """Whether there is a teacher to run beside the student."""
+    cached: bool = False
+    """Whether what it says is read from files (``teacher.cache``) instead."""
     mode: str = "unpaired"
     """``data.mode``."""
     unlabelled: bool = False
@@ -73,7 +75,9 @@ def check_needs(name: str, method: Method, offer: Offer) -> None:
 def _teacher_reasons(method: Method, offer: Offer) -> list[str]:
     reasons = []
     if method.live:
-        if not offer.teacher:
+        if offer.cached:
+            reasons += _cache_reasons(method)
+        elif not offer.teacher:
             reasons.append(
                 f"its {_takers(method, LiveTeacher.provides)} read a teacher that runs beside the "
                 "student: set teacher.run to the run directory of `cmkd teacher`"
@@ -95,6 +99,17 @@ def _teacher_reasons(method: Method, offer: Offer) -> list[str]:
             "list of memories"
         )
     return reasons
+
+
+def _cache_reasons(method: Method) -> list[str]:
+    remedy = "unset teacher.cache, and set teacher.run to the run directory of `cmkd teacher`"
+    if method.trains_teacher:
+        return [f"it trains its teacher along, and teacher.cache is of a frozen one: {remedy}"]
+    lacking = method.values & (LiveTeacher.provides - CachedTeacher.provides)
+    if lacking:
+        takers = _takers(method, lacking)
+        return [f"its {takers} are not in teacher.cache, which holds features and logits: {remedy}"]
+    return []
 
 
 def _unlabelled_reasons(method: Method, offer: Offer) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cmkd_scale.losses.precision import at_least_float
 from cmkd_scale.models.model import Model
-from cmkd_scale.training.live_teacher import LiveTeacher
+from cmkd_scale.training.live_teacher import SampleTeacher
 from cmkd_scale.training.method import Method
 from cmkd_scale.training.targets import MemoryTargets
 
@@ -35,7 +35,7 @@ def shares_of(targets: Sequence[MemoryTargets], trust: Sequence[float]) -> Tenso
 def make_projectors(
     model: Model,
     targets: Sequence[MemoryTargets],
-    live: LiveTeacher | None,
+    live: SampleTeacher | None,
     method: Method,
 ) -> nn.ModuleList:
     """From the student's features to each teacher's, memories first."""

@@ -17,9 +17,9 @@ from cmkd_scale.data.companions import (
     UNLABELLED,
     UNLABELLED_WEAK,
     Accompanied,
-    Mode,
     TeacherSamples,
 )
+from cmkd_scale.data.partners import Mode
 from cmkd_scale.data.stream import SampleReader
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.records import Batch

@@ -28,7 +28,7 @@ def model(seed: int) -> Model:
 method = resolve_method("ucmkd_fixed", {})
 object.__setattr__(method, "inner", (("taught_label_gap", 2),))
 module = Distillation(model(0), method, live=LiveTeacher(model(1), NAMES, NAMES)).double()
-assert module.live is not None
+assert isinstance(module.live, LiveTeacher)
 module.live._frozen[0].double()
 engine = Engine()
 engine.prepare(module, Options(BATCH, 1, 0.05, 1.0, 5.0, None))

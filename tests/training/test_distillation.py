@@ -124,7 +124,7 @@ def test_a_teacher_runs_beside_the_student_and_is_no_part_of_it(name: str) -> No
     assert bool(held) == METHODS[name].trains_teacher
     before = beside()[TEACHER_INPUTS].clone()
     module(*batch(), 0, beside()).loss.backward()
-    assert module.live is not None
+    assert isinstance(module.live, LiveTeacher)
     for teacher in module.live._frozen:
         assert not teacher.training
         assert all(parameter.grad is None for parameter in teacher.parameters())
