@@ -12,19 +12,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cmkd_scale.data.companions import (
+    TEACHER_FEATURES,
     TEACHER_INPUTS,
     TEACHER_LABELS,
     UNLABELLED,
     UNLABELLED_WEAK,
     Accompanied,
+    CachedSamples,
     TeacherSamples,
 )
 from cmkd_scale.data.partners import Mode
 from cmkd_scale.data.stream import SampleReader
+from cmkd_scale.data.teacher_outputs import TeacherOutputs
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.records import Batch
 from tests.data.examples import build_toy
 from tests.data.test_loader import NoisyText, make
+from tests.data.test_teacher_outputs import write
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,23 @@ def test_paired_samples_have_the_students_keys(student: SampleReader) -> None:
     pairs.require_keys([student.key(place) for place in range(len(student))])
     for batch in steps(Accompanied(make(student), teacher=pairs), 10):
         assert torch.equal(batch.inputs[:, :-1], batch.beside[TEACHER_INPUTS][:, :-1])
+
+
+@pytest.mark.parametrize("mode", ["class_matched", "unpaired", "paired"])
+def test_outputs_are_of_the_samples_that_would_be_drawn(
+    student: SampleReader, tmp_path: Path, mode: Mode
+) -> None:
+    """The outputs of a teacher whose features are its inputs."""
+    labels = student.labels().astype(np.int64)
+    places = np.random.default_rng(0).permutation(len(student))  # other than those of the split
+    decoded = torch.stack([NoisyText().decode(student[place].members) for place in places.tolist()])
+    write(tmp_path, decoded.float(), places, labels[places], [student.key(p) for p in places])
+    cached = CachedSamples(TeacherOutputs(tmp_path), labels[places], mode=mode, seed=3)
+    live = TeacherSamples(student, NoisyText(), labels, mode=mode, seed=3, augment=False)
+    both = (Accompanied(make(student), teacher=teacher) for teacher in (cached, live))
+    for one, other in zip(*(steps(loader, 12) for loader in both), strict=True):
+        assert torch.equal(one.beside[TEACHER_FEATURES], other.beside[TEACHER_INPUTS].float())
+        assert torch.equal(one.beside[TEACHER_LABELS], other.beside[TEACHER_LABELS])
 
 
 @settings(max_examples=20, deadline=None)

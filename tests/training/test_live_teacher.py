@@ -6,7 +6,7 @@ import torch
 from cmkd_scale.errors import UsageError
 from cmkd_scale.models.encoders import FeatureEncoder
 from cmkd_scale.models.model import Model
-from cmkd_scale.training.live_teacher import LiveTeacher
+from cmkd_scale.training.live_teacher import CachedTeacher, LiveTeacher
 
 TEACHER = ("a", "b", "c", "d")
 
@@ -44,6 +44,21 @@ def test_its_head_is_read_on_other_features_with_a_gradient_to_them_alone() -> N
 def test_no_common_class_is_refused() -> None:
     with pytest.raises(UsageError, match="no class name in common"):
         LiveTeacher(model(), TEACHER, ("e", "f"))
+
+
+def test_what_it_has_said_stands_for_it() -> None:
+    names = ("d", "x", "a")
+    inputs, labels = torch.randn(5, 2, 3), torch.tensor([0, 2, 2, 0, 2])
+    live = LiveTeacher(model(), TEACHER, names)
+    said, head = model().eval()(inputs), model().head
+    cached = CachedTeacher(head.weight.detach(), head.bias.detach(), TEACHER, names)
+    values = cached(said.features.detach(), said.logits.detach(), labels)
+    assert values.keys() <= CachedTeacher.provides
+    assert LiveTeacher.provides - CachedTeacher.provides == {"live_stages"}
+    torch.testing.assert_close(values, {name: live(inputs, labels)[name] for name in values})
+    features = torch.randn(3, 8)
+    torch.testing.assert_close(cached.read_head(features), live.read_head(features))
+    assert (cached.feature_dim, list(cached.parameters()), cached.state_dict()) == (8, [], {})
 
 
 @pytest.mark.parametrize("learns", [False, True])

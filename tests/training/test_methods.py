@@ -63,6 +63,17 @@ def test_what_cannot_work_is_refused_with_the_reason(
     assert f"Method '{name}' cannot be run like this" in str(refused.value)
 
 
+@pytest.mark.parametrize("name", [name for name in sorted(METHODS) if METHODS[name].live])
+def test_what_a_teacher_has_said_serves_where_no_more_is_read(name: str) -> None:
+    offer = dataclasses.replace(EVERYTHING, teacher=False, cached=True)
+    wants = {"c2kd": "it trains its teacher along", "review_kd": r"review_kd \(live_stages\)"}
+    if name in wants:
+        with pytest.raises(UsageError, match=rf"{wants[name]}.*unset teacher\.cache"):
+            check_needs(name, METHODS[name], offer)
+    else:
+        check_needs(name, METHODS[name], offer)
+
+
 @pytest.mark.parametrize("name", ["ce", "ce_ls"])
 def test_a_row_without_a_teacher_needs_nothing(name: str) -> None:
     check_needs(name, METHODS[name], Offer())
