@@ -230,8 +230,8 @@ def test_a_cache_of_anything_else_is_refused_by_its_name(
     assert {name for name, text in names.items() if text in str(refused.value)} == {what}
     assert sorted(path.name for path in own_cache.rglob("*")) == before
     if what != "batch_size":
+        shards = {"shards": str(own_story.shards)}
         with pytest.raises(UsageError, match=names[what]):
-            shards = {"shards": str(own_story.shards)}
             student(kd(own_story, tmp_path / "student", own_cache, teacher=shards), console=False)
 
 
