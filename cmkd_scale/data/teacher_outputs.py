@@ -58,6 +58,7 @@ def read_manifest(directory: Path) -> OutputsManifest | None:
     """The manifest of a directory of outputs, finished or not; None if there is none.
 
     Raises:
+        UsageError: it cannot be read.
         IntegrityError: it is damaged.
     """
     path = directory / MANIFEST
@@ -122,7 +123,7 @@ class TeacherOutputs:
             _check(directory / name, digest)
         try:
             self._open()
-        except (SafetensorError, OSError, KeyError, ValueError, IndexError) as error:
+        except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
             raise _unusable(directory, str(error)) from None
 
     def _open(self) -> None:

@@ -36,8 +36,6 @@ SHARD_BATCHES = 16
 _SHARD_BYTES = 64 * 2**20
 _SHOWN = 60  # characters of a part that differs
 _REMEDY = "Set teacher.cache to another directory, or remove that one to have it written again."
-
-
 _FIXED = ("teacher", "transform", "data", "labels", "batch_size")
 _DIFFERS = {
     "teacher": "another teacher",
