@@ -172,7 +172,8 @@ def _refuse_other(
     """
     found = _parts(manifest)
     different = [
-        f"{_DIFFERS[name]} ({_short(found.get(name))} there, {_short(value)} here)"
+        f"{_DIFFERS[name]} ({_short(found.get(name), value)} there, "
+        f"{_short(value, found.get(name))} here)"
         for name, value in wanted.items()
         if found.get(name) != value
     ]
@@ -183,7 +184,10 @@ def _refuse_other(
         )
 
 
-def _short(value: JsonValue) -> str:
+def _short(value: JsonValue, other: JsonValue) -> str:
+    """What a part is, or of several options those that are not as in the other."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {name: own for name, own in value.items() if other.get(name) != own}
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 

@@ -18,7 +18,8 @@ TINY = teacher_cache.Setting(
 def test_it_times_memories_and_steps_of_which_those_from_the_cache_ask_no_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, goals = teacher_cache.run(TINY, 1, tmp_path / "bench")
+    bench, cache = teacher_cache.Bench(TINY, tmp_path), tmp_path / "cache"
+    rows, goals = teacher_cache.run(bench, cache, 1)
     finish(rows, goals, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     again = f"{teacher_cache.LIVE} again"
@@ -43,10 +44,8 @@ def test_it_times_memories_and_steps_of_which_those_from_the_cache_ask_no_teache
         return real(self, inputs)
 
     monkeypatch.setattr(Model, "forward", forward)
-    bench = teacher_cache.Bench(TINY, tmp_path / "more")
-    bench.build_memory(tmp_path / "cache")
-    for cache, models in ((None, 2), (tmp_path / "cache", 1)):
-        step = bench.step("kd", cache)
+    for source, models in ((None, 2), (cache, 1)):
+        step = bench.step("kd", source)
         passed.clear()
         assert step() > 0
         assert passed == [TINY.batch] * models

@@ -67,7 +67,7 @@ class Bench:
         """Build the shards and train the teacher for a step."""
         self.setting, self.root = setting, root
         self._runs = itertools.count()
-        options = {"train_per_class": str(setting.train_per_class)}
+        options = {"train_per_class": str(setting.train_per_class), "test_per_class": "1"}
         numbers = DATASETS["numbers"](None, options | {"validation_per_class": "1"})
         for split in numbers.splits:
             build(numbers, root / "shards", modality="image", split=split, samples_per_shard=500)
@@ -118,16 +118,14 @@ class Bench:
         return step
 
 
-def run(setting: Setting, rounds: int, root: Path) -> tuple[dict[str, Rows], list[Goal]]:
-    """Both tables, printed, and the goals."""
-    bench = Bench(setting, root)
-    cache = root / "cache"
+def run(bench: Bench, cache: Path, rounds: int) -> tuple[dict[str, Rows], list[Goal]]:
+    """Both tables, printed, and the goals; the cache that is read is written first."""
     digests = {bench.build_memory(None), bench.build_memory(cache)}
 
     def build(source: Callable[[], Path | None]) -> Callable[[], None]:
         return lambda: digests.add(bench.build_memory(source()))
 
-    fresh = (root / f"cache-{number}" for number in itertools.count())
+    fresh = (bench.root / f"fresh-{number}" for number in itertools.count())
     tables = {
         "memory": measure(
             {
@@ -160,7 +158,8 @@ def main() -> None:
     torch.set_num_threads(1)
     setting = Setting(train_per_class=3) if options.quick else Setting()
     with tempfile.TemporaryDirectory(prefix="bench-teacher-cache-") as root:
-        rows, goals = run(setting, 3 if options.quick else 7, Path(root))
+        bench = Bench(setting, Path(root))
+        rows, goals = run(bench, Path(root, "cache"), 3 if options.quick else 7)
     finish(rows, goals, options.json)
 
 
