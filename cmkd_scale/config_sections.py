@@ -140,6 +140,8 @@ class MemoryConfig(Section):
     """Temperature of the teacher's soft labels."""
     batch_size: int = Field(128, ge=1)
     """Samples in a forward pass of the frozen teacher."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Autocast of that forward pass, for large teachers on GPUs; what is kept is float32."""
     previous: Path | None = None
     """Memory (or run) of the same teacher before it was trained further: prototypes go one pass
     of k-means on from there and keep their order, instead of being found anew."""

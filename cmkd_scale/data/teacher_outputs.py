@@ -44,6 +44,8 @@ class OutputsManifest(BaseModel):
     """The kinds of machines that compute the outputs."""
     batch_size: _Count
     """Samples in a forward pass."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """In which it computed."""
     label_names: list[str]
     """[C] of the teacher."""
     feature_dim: _Count

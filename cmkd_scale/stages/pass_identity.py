@@ -28,6 +28,7 @@ def pass_identity(trained: Trained, data: SplitData, config: Config) -> str:
         "data": _samples(data),
         "label_names": data.label_names,
         "batch_size": config.memory.batch_size,
+        "mixed_precision": config.memory.mixed_precision,
         "max_samples_per_class": config.memory.max_samples_per_class,
     }
     return _digest(about)

@@ -122,6 +122,7 @@ class LiveReading(Reading):
         super().__init__(start, data)
         self._device = start.device
         self._model: Model = start.trained.model.to(start.device).eval()
+        self._bf16 = start.config.memory.mixed_precision == "bf16"
         fraction, samples = start.config.data.max_bad_fraction, len(data.labelled())
         self._quarantine: Quarantine = open_quarantine(start.directory, data, fraction, samples)
 
@@ -142,9 +143,12 @@ class LiveReading(Reading):
             if batch is None:
                 yield left, torch.zeros(0, dtype=torch.int64), nothing
                 continue
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast():
                 output = self._model(batch.inputs.to(self._device))
             yield left, batch.labels, output
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
 
     def still_missing(self, places: NDArray[np.int64]) -> bool:
         """See ``Reading``; they are read."""

@@ -36,13 +36,14 @@ SHARD_BATCHES = 16
 _SHARD_BYTES = 64 * 2**20
 _SHOWN = 60  # characters of a part that differs
 _REMEDY = "Set teacher.cache to another directory, or remove that one to have it written again."
-_FIXED = ("teacher", "transform", "data", "labels", "batch_size")
+_FIXED = ("teacher", "transform", "data", "labels", "batch_size", "mixed_precision")
 _DIFFERS = {
     "teacher": "another teacher",
     "transform": "another transform",
     "data": "other shards",
     "labels": "other labels",
     "batch_size": "another memory.batch_size",
+    "mixed_precision": "another memory.mixed_precision",
     "machines": "unfinished, and begun on another kind of machine or version",
     "starts": "unfinished, and cut into other files by another version",
 }
@@ -132,6 +133,7 @@ def _manifest(start: Start, data: SplitData, plan: Plan) -> OutputsManifest:
         fingerprint=fingerprint(start.trained, data.reader.manifest, index or ()),
         machines=machine_kinds(start.device),
         batch_size=size,
+        mixed_precision=start.config.memory.mixed_precision,
         label_names=list(data.label_names),
         feature_dim=head.in_features,
         starts=[*plan.bounds[:-1:batches].tolist(), len(plan.places)],
@@ -158,7 +160,7 @@ def _begin(directory: Path, wanted: OutputsManifest) -> None:
 
 
 def _parts(manifest: OutputsManifest) -> dict[str, JsonValue]:
-    others = manifest.model_dump(include={"batch_size", "machines", "starts"})
+    others = manifest.model_dump(include={"batch_size", "mixed_precision", "machines", "starts"})
     return {**manifest.fingerprint, **others}
 
 

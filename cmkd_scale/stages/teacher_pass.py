@@ -119,7 +119,7 @@ def _held_out_risk(reading: Reading, batch_size: int) -> tuple[Moments, int]:
     def take(index: int, said: Said) -> None:
         nonlocal lost
         left, labels, output = said
-        logits = output.logits.cpu().double()
+        logits = output.logits.float().cpu().double()
         risk.update(functional.cross_entropy(logits, labels, reduction="none")[:, None], labels)
         lost += len(parts[index]) - len(left)
 

@@ -28,7 +28,7 @@ from cmkd_scale.errors import (
     UsageError,
 )
 from cmkd_scale.memory import build, spool
-from cmkd_scale.memory.bank import PrototypeMemory, load_memory, save_memory
+from cmkd_scale.memory.bank import FILE_NAME, PrototypeMemory, load_memory, save_memory
 from cmkd_scale.memory.one_class import describe_class
 from cmkd_scale.memory.spool import Spool
 from cmkd_scale.memory.spool_part import PassedBatch
@@ -500,3 +500,15 @@ def test_a_class_without_a_kept_sample_is_not_known(own_story: Story, tmp_path: 
     assert sorted(built.class_count.tolist()) == [14, 15, 15, 15]
     assert sorted(built.class_kept.tolist()) == [0, 1, 1, 1]
     assert metrics["memory/classes"] == len(built.prototype_class.unique()) == 3
+
+
+def test_a_teacher_may_compute_in_bfloat16(story: Story, tmp_path: Path) -> None:
+    def built(name: str, **settings: Any) -> PrototypeMemory:
+        memory(make_config(tree(story, tmp_path / name, memory=settings)))
+        return load_memory(tmp_path / name / FILE_NAME)
+
+    whole, half = built("float32"), built("bfloat16", mixed_precision="bf16")
+    assert whole.digest() != half.digest()
+    assert half.class_mean.dtype == torch.float32
+    # Eight bits of mantissa.
+    torch.testing.assert_close(half.class_mean, whole.class_mean, rtol=0, atol=0.05)

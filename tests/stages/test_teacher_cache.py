@@ -200,7 +200,7 @@ def another_teacher(story: Story) -> None:
     shutil.move(story.root / "other", story.teacher)
 
 
-@pytest.mark.parametrize("what", ["teacher", "transform", "data", "batch_size"])
+@pytest.mark.parametrize("what", ["teacher", "transform", "data", "batch_size", "mixed_precision"])
 def test_a_cache_of_anything_else_is_refused_by_its_name(
     own_story: Story,
     own_cache: Path,
@@ -214,6 +214,7 @@ def test_a_cache_of_anything_else_is_refused_by_its_name(
         "transform": "another transform",
         "data": "other shards",
         "batch_size": "another memory.batch_size",
+        "mixed_precision": "another memory.mixed_precision",
     }
     if what == "teacher":
         another_teacher(own_story)
@@ -227,13 +228,13 @@ def test_a_cache_of_anything_else_is_refused_by_its_name(
             shutil.rmtree(own_story.shards / "text" / split)
             build_toy(own_story.shards, split, per_shard=15)
     else:
-        settings = {"memory": {"batch_size": 6}}
+        settings = {"memory": {what: 6 if what == "batch_size" else "bf16"}}
     before = sorted(path.name for path in own_cache.rglob("*"))
     with pytest.raises(UsageError) as refused:
         memory(config(own_story, tmp_path / "run", own_cache, **settings))
     assert {name for name, text in names.items() if text in str(refused.value)} == {what}
     assert sorted(path.name for path in own_cache.rglob("*")) == before
-    if what != "batch_size":
+    if not settings:
         shards = {"shards": str(own_story.shards)}
         with pytest.raises(UsageError, match=re.escape(names[what])):
             student(kd(own_story, tmp_path / "student", own_cache, teacher=shards), console=False)
