@@ -38,8 +38,9 @@ class HubFiles:
             held = f" (it has {', '.join(others)})" if others else ""
             raise UsageError(
                 f"{self.directory} holds no model.safetensors{held}. Only safetensors are read, "
-                "since other formats can run code: convert it with transformers' save_pretrained, "
-                "or train from random weights with model.backbone_config alone."
+                "since other formats can run code: name the branch of the hub's own conversion "
+                "(model.revision=refs/pr/N), convert it with transformers' save_pretrained, or "
+                "train from random weights with model.backbone_config alone."
             )
         digests = {file.name: _digest(file, file.stat().st_mtime_ns) for file in found}
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

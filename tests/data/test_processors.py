@@ -214,6 +214,20 @@ def test_processors_that_do_not_serve_are_refused(tmp_path: Path) -> None:
         _ = Processor(str(tmp_path / "ragged"), "image").make({}).shape
 
 
+def test_processors_of_old_releases_are_read(tmp_path: Path) -> None:
+    """A side instead of a size, no type of its own, or that of a feature extractor."""
+    common = {"do_normalize": True, "do_resize": True, "resample": 2, "size": 16}
+    mean = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for name, more in (("plain", {}), ("old", {"feature_extractor_type": "ViTFeatureExtractor"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "vit"}))
+        content = json.dumps({**common, **mean, **more})
+        (tmp_path / name / "preprocessor_config.json").write_text(content)
+        modality = Processor(str(tmp_path / name), "image").make({})
+        assert modality.shape == (3, 16, 16)
+        assert modality.decode({"png": picture(0, 0)}).abs().max() <= 1
+
+
 def test_what_needs_torchvision_is_made_by_pillow(tmp_path: Path) -> None:
     config = {
         "image_processor_type": "DINOv3ViTImageProcessorFast",
