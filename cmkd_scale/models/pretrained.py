@@ -6,6 +6,7 @@ With ``encoders.py`` and ``backbone.py`` the door of ``transformers``' models.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,10 +155,8 @@ def _reads(config: Mapping[str, Any], where: str) -> str:
 def make_model(config: Mapping[str, Any], attention: str, directory: Path | None = None) -> Any:
     """The model, or the encoder of one that has a decoder, with random weights or those there."""
     from transformers import AutoModel, AutoModelForTextEncoding
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    # Under ZeRO-3 it would cut each weight up as it is made; the engine does that, to whole ones.
-    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    _keep_whole()
     made = config_object(config)
     kind: Any = AutoModelForTextEncoding if has_text_encoder(made) else AutoModel
     options = {} if attention == "auto" else {"attn_implementation": attention}
@@ -183,6 +182,15 @@ def make_model(config: Mapping[str, Any], attention: str, directory: Path | None
         )
         return encoder
     return model
+
+
+def _keep_whole() -> None:
+    """Keep ``transformers`` from cutting each weight up as it is made, under ZeRO-3: the engine
+    does that, to whole ones."""
+    # Importing it would import DeepSpeed, which then talks on stdout; where it matters, it is here.
+    module = sys.modules.get("transformers.integrations.deepspeed")
+    if module is not None:
+        module.unset_hf_deepspeed_config()
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -377,3 +379,20 @@ def test_a_spec_survives_json(hub: Callable[[str], Path]) -> None:
 
     spec = spec_of(hub("siglip"), "siglip", tuning="lora", lora_targets=("q_proj", "v_proj"))
     assert BackboneSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_building_says_nothing_and_leaves_deepspeed_alone() -> None:
+    """Results are JSON on stdout, and DeepSpeed talks there when it is imported."""
+    program = """
+import sys
+from cmkd_scale.models.backbone import build_backbone
+from cmkd_scale.models.backbone_spec import make_spec
+from cmkd_scale.models.pretrained import random_config
+small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+config = random_config({"model_type": "vit", **small}, "image", (3, 32, 32))
+spec = make_spec(config, pretrained=False, pooling="auto", tuning="lora")
+build_backbone(spec, (3, 32, 32))
+sys.exit("deepspeed" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
