@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_stage(parsers, "evaluate", verbs.evaluate_verb, "evaluate a trained run on its test split")
     _add_before(parsers)
     _add_inspection(parsers)
+    _add_export(parsers)
     _add_kubernetes(parsers)
     return parser
 
@@ -327,6 +328,36 @@ def _add_inspection(parsers: Any) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: report.html in the first run"
+    )
+
+
+def _add_export(parsers: Any) -> None:
+    parser = _verb(
+        parsers,
+        "export",
+        verbs.export_verb,
+        "a trained model as a directory that others can load, with a model card",
+        "cmkd export runs/debug/student --format onnx --out exported",
+    )
+    parser.add_argument("export_run", type=Path, metavar="RUN")
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "onnx"),
+        default="safetensors",
+        help="onnx: the same, and model.onnx beside it; default: safetensors",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: export in the run")
+    parser.add_argument("--license", metavar="ID", help="of the weights, for the card, e.g. mit")
+    parser.add_argument(
+        "--control",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="a run to name beside it in the card; may be repeated",
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload it to the Hub; a new repository is private"
     )
 
 

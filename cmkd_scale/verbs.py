@@ -253,6 +253,21 @@ def report_verb(options: argparse.Namespace) -> None:
     _print(options, result, lambda: f"wrote {out}")
 
 
+def export_verb(options: argparse.Namespace) -> None:
+    """Export a model."""
+    from cmkd_scale.operations.export import export
+
+    result = export(
+        options.export_run,
+        format=options.format,
+        out=options.out,
+        license_id=options.license,
+        controls=options.control,
+        push_to=options.push,
+    )
+    _print(options, result, lambda: wording.export_lines(result))
+
+
 def kubernetes_render_verb(options: argparse.Namespace) -> None:
     """Write manifests."""
     from cmkd_scale.operations.kubernetes import render

@@ -118,6 +118,23 @@ def manifest_lines(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def export_lines(result: dict[str, Any]) -> str:
+    """What was exported, how to use it, and where it went."""
+    size = sum(result["files"].values())
+    opens = "AutoModel opens the encoder" if result["automodel"] else "no AutoModel, see its card"
+    worst = max(result["difference"].values())
+    lines = [
+        f"{result['directory']}: {result['method']} after {result['steps']} steps, "
+        f"{result['parameters'] / 1e6:.2f} M parameters, {len(result['files'])} files, "
+        f"{size / 1e6:.1f} MB; {opens}",
+        f"read back, it differs from the trained model by {worst:.1g} at most",
+        f"use it: cmkd predict {result['directory']} FILE...",
+    ]
+    if result["pushed"] is not None:
+        lines.append(f"uploaded: {result['pushed']}")
+    return "\n".join(lines)
+
+
 _MARKS = {"note": "note", "warning": "warning", "blocker": "BLOCKER"}
 
 

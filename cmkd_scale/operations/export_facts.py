@@ -56,6 +56,8 @@ def provenance(run: Path, trained: Trained, controls: Sequence[Path] = ()) -> di
         "config_digest": state["config_digest"],
         "weights_digest": weights_digest(trained.model),
         "memory_digest": state["memory_digest"],
+        "live_teacher": state["teacher_digest"],
+        "pairs": config.data.mode if state["teacher_digest"] is not None else None,
         "teachers": [
             {key: taught.memory.provenance.get(name) for key, name in _OF_A_TEACHER.items()}
             for taught in trained.taught_by
@@ -66,7 +68,8 @@ def provenance(run: Path, trained: Trained, controls: Sequence[Path] = ()) -> di
         "measured": _measured(config, results),
         "bound": [{k: v for k, v in entry.items() if k != "per_class"} for entry in bound],
         "controls": [_control(path, config) for path in controls],
-        "versions": {**(results.get("versions") or {}), "exported_by": __version__},
+        "versions": results.get("versions") or {},
+        "exported_by": __version__,
     }
 
 

@@ -55,6 +55,20 @@ class Description:
         """What turns the bytes of a file into the tensor that the model reads."""
         return make_modality(self.spec.modality, self.spec.transform)
 
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``cmkd.json``."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": self.spec.to_json(),
+            "modality": self.spec.modality,
+            "preprocessing": dict(self.preprocessing),
+            "label_names": list(self.spec.label_names),
+            "feature_dim": self.spec.feature_dim,
+            "loads_with": dict(self.loads_with),
+            "provenance": dict(self.provenance),
+            "files": dict(self.files),
+        }
+
     def check(self, *names: str) -> None:
         """Compare files with their digests.
 

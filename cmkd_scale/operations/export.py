@@ -1,0 +1,289 @@
+"""``cmkd export``: the model of a finished run as a directory that others can load.
+
+The directory (``exported``) appears whole or not at all. What has been written is read back and
+held against the trained model before it appears.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmkd_scale.data.modalities import Modality
+from cmkd_scale.errors import CmkdError, UsageError, did_you_mean
+from cmkd_scale.files import file_digest, sync, to_json
+from cmkd_scale.models.model import Model
+from cmkd_scale.monitoring.report_runs import read_object
+from cmkd_scale.operations.export_card import write_card
+from cmkd_scale.operations.export_facts import provenance
+from cmkd_scale.operations.export_onnx import Graph, require_onnx, write_graph
+from cmkd_scale.operations.export_push import check_push, push
+from cmkd_scale.operations.export_snippets import graph_snippet, torch_snippet
+from cmkd_scale.operations.exported import (
+    CARD,
+    DESCRIPTION,
+    GRAPH,
+    HEAD,
+    WEIGHTS,
+    Description,
+    is_run,
+    load_exported,
+    read_description,
+)
+from cmkd_scale.records import ModelOutput
+from cmkd_scale.stages.common import ModelSpec, Trained, load_trained
+from cmkd_scale.training.tensor_file import write_tensors
+
+FORMATS = ("safetensors", "onnx")
+"""``onnx`` has all that ``safetensors`` has, and the graph."""
+TOLERANCE = 1e-4
+"""Largest difference of what is read back, over the largest number or 1."""
+_BATCHES = (1, 3)
+
+
+def export(
+    run: Path,
+    *,
+    format: str,
+    out: Path | None = None,
+    license_id: str | None = None,
+    controls: Sequence[Path] = (),
+    push_to: str | None = None,
+) -> dict[str, Any]:
+    """Write the model of a run's newest valid checkpoint as a directory.
+
+    Args:
+        run: a finished run of ``cmkd teacher`` or ``cmkd student``.
+        format: one of ``FORMATS``.
+        out: the directory; an earlier export there is replaced. Default: ``export`` in the run.
+        license_id: of the weights, for the card.
+        controls: finished runs to be named in the card beside this one.
+        push_to: repository of the Hub, ``owner/name``, that the directory is uploaded to.
+
+    Returns:
+        ``directory``, ``format``, ``automodel`` (whether transformers opens the encoder by
+        itself), ``method``, ``steps``, ``parameters``, ``files`` with their bytes,
+        ``difference`` from the trained model, and ``pushed``, the address or None.
+
+    Raises:
+        UsageError: there is nothing that can be exported, or nowhere to write it.
+        IntegrityError: the run is damaged.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"--format {format} is unknown; {did_you_mean(format, FORMATS)}")
+    if format == "onnx":
+        require_onnx()
+    if push_to is not None:
+        check_push(push_to)
+    out = (run / "export" if out is None else out).resolve()
+    _check_run(run)
+    _check_out(out, run)
+    trained = load_trained(run, str(read_object(run / "env.json").get("stage")))
+    _check_trained(run, trained)
+    facts = provenance(run, trained, controls)
+    try:
+        with _written_whole(out) as temporary:
+            result = _write(temporary, trained, facts, format, license_id)
+    except OSError as error:
+        raise UsageError(
+            f"{out} cannot be written: {error}. Free space, or choose another directory with --out."
+        ) from None
+    return {
+        "directory": str(out),
+        "format": format,
+        "method": facts["method"],
+        "steps": facts["steps"],
+        "parameters": sum(value.numel() for value in trained.model.parameters()),
+        **result,
+        "pushed": None if push_to is None else push(out, push_to),
+    }
+
+
+def _check_run(run: Path) -> None:
+    if not run.is_dir():
+        raise UsageError(f"There is no run directory {run}.")
+    if (run / DESCRIPTION).is_file() and not is_run(run):
+        raise UsageError(f"{run} is an export already; name the run that it was made of.")
+    stage = read_object(run / "env.json").get("stage")
+    if stage == "memory":
+        raise UsageError(
+            f"{run} is a run of `cmkd memory`, which holds prototypes and no model. Export the "
+            "teacher that it was built from, or a student that was taught by it."
+        )
+
+
+def _check_out(out: Path, run: Path) -> None:
+    """Refuse to write where something else lies."""
+    checkpoints = (run / "checkpoints").resolve()
+    if out == checkpoints or checkpoints in out.parents:
+        raise UsageError(f"{out} lies among the run's checkpoints; choose another --out.")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; name a directory with --out.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    try:
+        ours = {DESCRIPTION, *read_description(out).files}
+    except CmkdError:
+        ours = set()
+    others = sorted(path.name for path in out.iterdir() if path.name not in ours)
+    if others:
+        raise UsageError(
+            f"{out} holds what no export has written ({', '.join(others[:5])}); choose another "
+            "--out, or remove it."
+        )
+
+
+def _check_trained(run: Path, trained: Trained) -> None:
+    step, steps = trained.state["step"], trained.config.train.steps
+    if step < steps:
+        raise UsageError(
+            f"{run} is not finished: its newest valid checkpoint is of step {step} of {steps}. "
+            "Start the same command again to finish it, then export."
+        )
+    bad = [k for k, value in trained.model.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise UsageError(
+            f"The model of {run} has weights that are not finite ({', '.join(bad[:3])}), so it is "
+            "of no use to anyone. Train it again with a lower train.learning_rate."
+        )
+
+
+def _write(
+    target: Path, trained: Trained, facts: Mapping[str, Any], format: str, license_id: str | None
+) -> dict[str, Any]:
+    """Fill a directory, and hold it against the trained model."""
+    model, spec = trained.model.eval(), trained.spec
+    _write_weights(target, model)
+    described = Description(
+        directory=target,
+        spec=spec,
+        preprocessing={},
+        loads_with={},
+        provenance=facts,
+        files={},
+    )
+    described = replace(described, preprocessing=_identity(described.modality))
+    words = _in_words(spec)
+    snippets = [torch_snippet(model, spec, words)]
+    differences = {}
+    if format == "onnx":
+        example = {"inputs": _probe(spec, 2)}
+        about = {
+            "modality": spec.modality,
+            "preprocessing": described.preprocessing,
+            "label_names": spec.label_names,
+        }
+        write_graph(model, example, target / GRAPH, about)
+        snippets.append(graph_snippet(tuple(example), spec, words))
+        graph = Graph(target / GRAPH)
+        differences["onnx"] = _difference(model, lambda x: _through(graph, x), spec, "onnxruntime")
+    described = replace(described, files=_digests(target))
+    card = write_card(described, automodel=False, license_id=license_id, snippets=snippets)
+    (target / CARD).write_text(card, encoding="utf-8")
+    described = replace(described, files=_digests(target))
+    (target / DESCRIPTION).write_bytes(to_json(described.to_json()))
+    again = load_exported(target).model
+    differences["safetensors"] = _difference(model, again, spec, "the exported directory")
+    for path in (*target.iterdir(), target):
+        sync(path)
+    return {
+        "automodel": False,
+        "files": {path.name: path.stat().st_size for path in sorted(target.iterdir())},
+        "difference": differences,
+    }
+
+
+def _identity(modality: Modality) -> dict[str, Any]:
+    return {"class": type(modality).__name__, **asdict(modality)}
+
+
+def _write_weights(target: Path, model: Model) -> None:
+    encoder, rest = {}, {}
+    for name, value in model.state_dict().items():
+        (encoder if name.startswith("encoder.") else rest)[name] = value.contiguous()
+    write_tensors(target / WEIGHTS, encoder)
+    write_tensors(target / HEAD, rest)
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in sorted(directory.iterdir())}
+
+
+def _in_words(spec: ModelSpec) -> str:
+    kind = "int64 bytes + 1, 0 behind the end" if spec.modality == "text" else "float32"
+    return f"inputs [B, {', '.join(map(str, spec.shape))}] {kind}"
+
+
+def _probe(spec: ModelSpec, batch: int) -> Tensor:
+    """A batch to compare with: noise, or bytes of texts of several lengths."""
+    generator = torch.Generator().manual_seed(batch)
+    if spec.modality != "text":
+        return torch.randn(batch, *spec.shape, generator=generator)
+    tokens = torch.randint(1, 257, (batch, *spec.shape), generator=generator)
+    lengths = torch.randint(1, spec.shape[0] + 1, (batch, 1), generator=generator)
+    return tokens * (torch.arange(spec.shape[0]) < lengths)
+
+
+@torch.no_grad()
+def _difference(
+    model: Model, other: Callable[[Tensor], ModelOutput], spec: ModelSpec, what: str
+) -> float:
+    """Largest difference of features and logits over batches, relative as ``TOLERANCE`` is.
+
+    Raises:
+        UsageError: it is larger than that.
+    """
+    largest = 0.0
+    for batch in _BATCHES:
+        inputs = _probe(spec, batch)
+        for ours, theirs in zip(model(inputs)[:2], other(inputs)[:2], strict=True):
+            gap = float((ours - theirs).abs().max()) / max(1.0, float(ours.abs().max()))
+            largest = max(largest, gap) if gap == gap else float("inf")
+    if largest > TOLERANCE:
+        raise UsageError(
+            f"The model does not come back as it was: {what} differs from it by {largest:.2g}, and "
+            f"{TOLERANCE:g} is allowed. Nothing was exported."
+        )
+    return largest
+
+
+def _through(graph: Graph, inputs: Tensor) -> ModelOutput:
+    features, logits = graph({graph.inputs[0]: inputs.numpy()})
+    return ModelOutput(torch.from_numpy(features), torch.from_numpy(logits), ())
+
+
+@contextlib.contextmanager
+def _written_whole(out: Path) -> Iterator[Path]:
+    """A directory beside ``out`` to write into, which takes its place if all goes well.
+
+    What lay there goes last; should this be killed between the two renames, the next export
+    finds it.
+    """
+    temporary, old = (
+        out.with_name(f".{out.name}.{os.getpid()}.tmp"),
+        out.with_name(f".{out.name}.old"),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path in out.parent.iterdir():
+        if path.name.startswith(f".{out.name}.") and path.suffix == ".tmp":
+            shutil.rmtree(path)  # of a writer that was killed
+    if old.exists():
+        shutil.rmtree(old) if out.exists() else old.rename(out)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
