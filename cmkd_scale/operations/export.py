@@ -206,7 +206,8 @@ def _identity(modality: Modality) -> dict[str, Any]:
 
 
 def _write_weights(target: Path, model: Model) -> None:
-    encoder, rest = {}, {}
+    encoder: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         (encoder if name.startswith("encoder.") else rest)[name] = value.contiguous()
     write_tensors(target / WEIGHTS, encoder)

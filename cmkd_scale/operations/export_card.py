@@ -114,8 +114,8 @@ def _title(described: Description) -> str:
     listed = ", ".join(names) + (f" and {rest} more (`{DESCRIPTION}`)" if rest else "")
     return (
         f"# {_name(described)}\n\n"
-        f"A classifier of {spec.modality}, trained by `{facts['method']}` and exported by cmkd_scale "
-        f"{facts['exported_by']}. {_taught(facts)}\n\n"
+        f"A classifier of {spec.modality}, trained by `{facts['method']}` and exported by "
+        f"cmkd_scale {facts['exported_by']}. {_taught(facts)}\n\n"
         f"{len(spec.label_names)} classes: {listed}.\n"
     )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from cmkd_scale.errors import UsageError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def check_push(repo_id: str) -> None:
@@ -14,19 +17,14 @@ def check_push(repo_id: str) -> None:
         UsageError: the name is none of a repository, or this machine is told to stay offline.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    if not _REPOSITORY.fullmatch(repo_id):
+        raise UsageError(f"--push {repo_id} is no name of a repository; write it as owner/name.")
     if constants.HF_HUB_OFFLINE:
         raise UsageError(
             f"--push {repo_id} needs the network, and HF_HUB_OFFLINE is set. Unset it, or export "
             "without --push and upload the directory from elsewhere."
         )
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(f"--push {repo_id}: {error}") from None
-    if "/" not in repo_id:
-        raise UsageError(f"--push {repo_id} names no owner; write it as owner/name.")
 
 
 def push(directory: Path, repo_id: str) -> str:

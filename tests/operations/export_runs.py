@@ -1,0 +1,97 @@
+"""Runs to export: of every small encoder, made without training, which changes nothing here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmkd_scale.config import make_config, save_config
+from cmkd_scale.files import to_json
+from cmkd_scale.models.model import Model
+from cmkd_scale.stages.common import ModelSpec
+from cmkd_scale.stages.streams import make_modality
+from cmkd_scale.training.checkpoint import Checkpoint, save_checkpoint
+
+STEPS = 5
+SPECS: dict[str, tuple[str, dict[str, float | int]]] = {
+    "resnet": ("image", {}),
+    "resnet of frames": ("image", {"frames": 2, "height": 16, "width": 16, "channels": 3}),
+    "resnet of sound": ("audio", {"n_mels": 20, "frames": 33}),
+    "byte_transformer": ("text", {"max_bytes": 24}),
+    "features": ("features", {"dim": 6, "frames": 2}),
+}
+"""Modality and transform by the name of a run."""
+
+
+def make_spec(name: str) -> ModelSpec:
+    modality, transform = SPECS[name]
+    return ModelSpec(
+        modality=modality,
+        transform=transform,
+        encoder=None,
+        shape=make_modality(modality, transform).shape,
+        width=16,
+        depth=1,
+        feature_dim=8,
+        label_names=("up", "down", "<b>left|right</b>"),
+    )
+
+
+def make_run(
+    run: Path,
+    name: str = "byte_transformer",
+    *,
+    step: int = STEPS,
+    weights: Mapping[str, Tensor] | None = None,
+    average: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> Model:
+    """Write a run directory; returns the model that it is to be exported as.
+
+    Args:
+        run: made.
+        name: key of ``SPECS``.
+        step: of the checkpoint; the run has ``STEPS``.
+        weights: to replace some of the model's own.
+        average: keep an average beside the weights, which is what counts then.
+        config: further sections.
+    """
+    torch.manual_seed(0)
+    spec = make_spec(name)
+    model = spec.build().eval()
+    model.load_state_dict({**model.state_dict(), **(weights or {})})
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    files = {"model.safetensors": tensors}
+    if average:
+        files = {
+            "model.safetensors": {key: value + 1 for key, value in tensors.items()},
+            "ema.safetensors": tensors,
+        }
+    made = make_config({"run": {"dir": str(run)}, "train": {"steps": STEPS}, **(config or {})})
+    state = {
+        "step": step,
+        "samples_seen": 8 * step,
+        "method": "ce_ls",
+        "config_digest": made.digest(),
+        "memory_digest": None,
+        "teacher_digest": None,
+        "loader": {"manifest": "0" * 64},
+        "model": spec.to_json(),
+    }
+    save_checkpoint(run / "checkpoints", Checkpoint(state, files), keep=2)
+    save_config(made, run / "config.yaml")
+    (run / "env.json").write_bytes(to_json({"stage": "student"}))
+    return model
+
+
+def probe(spec: ModelSpec, batch: int, seed: int = 0) -> Tensor:
+    """Inputs that a model of ``spec`` reads."""
+    generator = torch.Generator().manual_seed(seed)
+    if spec.modality != "text":
+        return torch.randn(batch, *spec.shape, generator=generator)
+    texts = torch.randint(1, 257, (batch, *spec.shape), generator=generator)
+    return texts * (torch.arange(spec.shape[0]) < 1 + torch.arange(batch)[:, None])
