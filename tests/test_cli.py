@@ -35,6 +35,7 @@ VERBS = [
     "doctor",
     "plan",
     "report",
+    "export",
 ]
 
 

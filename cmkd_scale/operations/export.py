@@ -257,7 +257,13 @@ def _difference(
 
 
 def _through(graph: Graph, inputs: Tensor) -> ModelOutput:
-    features, logits = graph({graph.inputs[0]: inputs.numpy()})
+    try:
+        features, logits = graph({graph.inputs[0]: inputs.numpy()})
+    except Exception as error:  # onnxruntime's have no common base but this
+        raise UsageError(
+            f"The ONNX graph cannot be run with a batch of {len(inputs)} "
+            f"({' '.join(str(error).split())[:300]}). Export it with --format safetensors."
+        ) from None
     return ModelOutput(torch.from_numpy(features), torch.from_numpy(logits), ())
 
 

@@ -113,7 +113,7 @@ def _title(described: Description) -> str:
     rest = len(spec.label_names) - len(names)
     listed = ", ".join(names) + (f" and {rest} more (`{DESCRIPTION}`)" if rest else "")
     return (
-        f"# {_name(described)}\n\n"
+        f"# {_code(_name(described))}\n\n"
         f"A classifier of {spec.modality}, trained by `{facts['method']}` and exported by "
         f"cmkd_scale {facts['exported_by']}. {_taught(facts)}\n\n"
         f"{len(spec.label_names)} classes: {listed}.\n"
@@ -286,8 +286,11 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _code(text: object) -> str:
     """Text out of a file as inline code: nothing in it is markup."""
-    plain = "".join(character if character.isprintable() else " " for character in str(text))
-    return f"`{plain.replace('`', chr(39))}`"
+    return f"`{_line(text).replace('`', chr(39))}`"
+
+
+def _line(text: object) -> str:
+    return "".join(character if character.isprintable() else " " for character in str(text))
 
 
 def _known(value: object) -> str:

@@ -32,6 +32,8 @@ GRAPH = "model.onnx"
 CARD = "README.md"
 """The model card, which may be edited: it is not compared with its digest."""
 
+_WRONG = (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError, UsageError)
+"""What building a model out of a wrong description raises."""
 _REMEDY = "Export it again with `cmkd export RUN --out DIR`, or copy the whole directory again."
 
 
@@ -106,20 +108,20 @@ def load_exported(directory: Path) -> Exported:
         IntegrityError: a file of it is missing, changed or damaged.
     """
     described = read_description(directory)
-    described.check(*(name for name in described.files if name not in (CARD, GRAPH)))
+    described.check(*{WEIGHTS, HEAD, *described.files} - {CARD, GRAPH})
     try:
         model = described.spec.build()
         weights = {**load_file(directory / WEIGHTS), **load_file(directory / HEAD)}
         model.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        return Exported(
+            model=model.eval(),
+            spec=described.spec,
+            label_names=described.spec.label_names,
+            modality=described.modality,
+            provenance=described.provenance,
+        )
+    except _WRONG as error:
         raise _not_as_described(directory, error) from None
-    return Exported(
-        model=model.eval(),
-        spec=described.spec,
-        label_names=described.spec.label_names,
-        modality=described.modality,
-        provenance=described.provenance,
-    )
 
 
 def read_description(directory: Path) -> Description:
