@@ -10,20 +10,23 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from cmkd_scale.data.modalities import Modality
 from cmkd_scale.errors import CmkdError, UsageError, did_you_mean
 from cmkd_scale.files import file_digest, sync, to_json
+from cmkd_scale.models.backbone import BackboneEncoder
 from cmkd_scale.models.model import Model
+from cmkd_scale.models.stock import Stock
 from cmkd_scale.monitoring.report_runs import read_object
 from cmkd_scale.operations.export_card import write_card
 from cmkd_scale.operations.export_facts import provenance
+from cmkd_scale.operations.export_inputs import named_inputs, probe
 from cmkd_scale.operations.export_onnx import Graph, require_onnx, write_graph
 from cmkd_scale.operations.export_push import check_push, push
 from cmkd_scale.operations.export_snippets import graph_snippet, torch_snippet
@@ -39,8 +42,8 @@ from cmkd_scale.operations.exported import (
     read_description,
 )
 from cmkd_scale.records import ModelOutput
+from cmkd_scale.stages.backbones import copy_processor
 from cmkd_scale.stages.common import ModelSpec, Trained, load_trained
-from cmkd_scale.training.tensor_file import write_tensors
 
 FORMATS = ("safetensors", "onnx")
 """``onnx`` has all that ``safetensors`` has, and the graph."""
@@ -160,77 +163,99 @@ def _write(
     target: Path, trained: Trained, facts: Mapping[str, Any], format: str, license_id: str | None
 ) -> dict[str, Any]:
     """Fill a directory, and hold it against the trained model."""
-    model, spec = trained.model.eval(), trained.spec
-    _write_weights(target, model)
-    described = Description(
-        directory=target,
-        spec=spec,
-        preprocessing={},
-        loads_with={},
-        provenance=facts,
-        files={},
-    )
-    described = replace(described, preprocessing=_identity(described.modality))
-    words = _in_words(spec)
-    snippets = [torch_snippet(model, spec, words)]
-    differences = {}
-    if format == "onnx":
-        example = {"inputs": _probe(spec, 2)}
-        about = {
-            "modality": spec.modality,
-            "preprocessing": described.preprocessing,
-            "label_names": spec.label_names,
-        }
-        write_graph(model, example, target / GRAPH, about)
-        snippets.append(graph_snippet(tuple(example), spec, words))
-        graph = Graph(target / GRAPH)
-        differences["onnx"] = _difference(model, lambda x: _through(graph, x), spec, "onnxruntime")
-    described = replace(described, files=_digests(target))
-    card = write_card(described, automodel=False, license_id=license_id, snippets=snippets)
-    (target / CARD).write_text(card, encoding="utf-8")
-    described = replace(described, files=_digests(target))
-    (target / DESCRIPTION).write_bytes(to_json(described.to_json()))
+    model, spec = trained.model.eval(), _as_exported(trained.spec)
+    stock = _write_weights(target, model)
+    if trained.processor is not None:
+        copy_processor(trained.processor, target)
+    described = Description(target, spec, {}, _loads_with(spec, stock), facts, {})
+    described = _describe(replace(described, preprocessing=described.modality.identity()))
     again = load_exported(target).model
-    differences["safetensors"] = _difference(model, again, spec, "the exported directory")
+    differences = {"safetensors": _difference(model, again, spec, "the exported directory")}
+    snippets = [torch_snippet(described, again)]
+    if format == "onnx":
+        graph = _write_graph(described, again)
+        differences["onnx"] = _difference(
+            model, lambda inputs: _through(graph, spec, inputs), spec, "onnxruntime"
+        )
+        snippets.append(graph_snippet(described, graph.inputs))
+    described = _describe(described)
+    card = write_card(described, license_id=license_id, snippets=snippets)
+    (target / CARD).write_text(card, encoding="utf-8")
+    _describe(described)
     for path in (*target.iterdir(), target):
         sync(path)
     return {
-        "automodel": False,
+        "automodel": stock is not None,
         "files": {path.name: path.stat().st_size for path in sorted(target.iterdir())},
         "difference": differences,
     }
 
 
-def _identity(modality: Modality) -> dict[str, Any]:
-    return {"class": type(modality).__name__, **asdict(modality)}
+def _describe(described: Description) -> Description:
+    """Write ``cmkd.json`` with the digests of the files that are there."""
+    files = {
+        path.name: file_digest(path)
+        for path in sorted(described.directory.iterdir())
+        if path.name != DESCRIPTION
+    }
+    described = replace(described, files=files)
+    (described.directory / DESCRIPTION).write_bytes(to_json(described.to_json()))
+    return described
 
 
-def _write_weights(target: Path, model: Model) -> None:
-    encoder: dict[str, Tensor] = {}
+def _write_graph(described: Description, model: Model) -> Graph:
+    encoder: Any = model.encoder
+    if isinstance(encoder, BackboneEncoder):
+        # As plain operations, which can be traced of every family.
+        encoder.model.set_attn_implementation("eager")
+    about = {
+        "modality": described.spec.modality,
+        "preprocessing": described.preprocessing,
+        "label_names": described.spec.label_names,
+    }
+    path = described.directory / GRAPH
+    write_graph(model, described.spec, path, about)
+    return Graph(path)
+
+
+def _as_exported(spec: ModelSpec) -> ModelSpec:
+    """With adapters merged, and without the place where its files lay on this machine."""
+    backbone = spec.backbone
+    if backbone is None:
+        return spec
+    merged = replace(
+        backbone,
+        tuning="full" if backbone.tuning == "lora" else backbone.tuning,
+        config={k: v for k, v in backbone.config.items() if k != "_name_or_path"},
+        source=backbone.source if backbone.revision is not None else None,  # else a directory
+    )
+    return replace(spec, backbone=merged)
+
+
+def _loads_with(spec: ModelSpec, stock: Stock | None) -> dict[str, Any]:
+    if stock is None:
+        return {}
+    pooling = "mean" if spec.backbone is None else spec.backbone.pooling
+    return {"class": stock.loader, "attribute": stock.attribute, "pooling": pooling}
+
+
+def _write_weights(target: Path, model: Model) -> Stock | None:
+    """The encoder as transformers opens it where it can, and the rest."""
+    encoder: Any = model.encoder
+    stock: Stock | None = encoder.stock()
+    own: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        (encoder if name.startswith("encoder.") else rest)[name] = value.contiguous()
-    write_tensors(target / WEIGHTS, encoder)
-    write_tensors(target / HEAD, rest)
-
-
-def _digests(directory: Path) -> dict[str, str]:
-    return {path.name: file_digest(path) for path in sorted(directory.iterdir())}
-
-
-def _in_words(spec: ModelSpec) -> str:
-    kind = "int64 bytes + 1, 0 behind the end" if spec.modality == "text" else "float32"
-    return f"inputs [B, {', '.join(map(str, spec.shape))}] {kind}"
-
-
-def _probe(spec: ModelSpec, batch: int) -> Tensor:
-    """A batch to compare with: noise, or bytes of texts of several lengths."""
-    generator = torch.Generator().manual_seed(batch)
-    if spec.modality != "text":
-        return torch.randn(batch, *spec.shape, generator=generator)
-    tokens = torch.randint(1, 257, (batch, *spec.shape), generator=generator)
-    lengths = torch.randint(1, spec.shape[0] + 1, (batch, 1), generator=generator)
-    return tokens * (torch.arange(spec.shape[0]) < lengths)
+        (own if name.startswith("encoder.") else rest)[name] = value.contiguous()
+    if stock is not None:
+        stock.config.save_pretrained(target)
+        own = stock.state
+    for path, tensors in ((target / WEIGHTS, own), (target / HEAD, rest)):
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, metadata={"format": "pt"})  # which older versions look for
+        path.chmod(mode)  # it makes files that nobody else can read
+    return stock
 
 
 @torch.no_grad()
@@ -244,7 +269,7 @@ def _difference(
     """
     largest = 0.0
     for batch in _BATCHES:
-        inputs = _probe(spec, batch)
+        inputs = probe(spec, batch)
         for ours, theirs in zip(model(inputs)[:2], other(inputs)[:2], strict=True):
             gap = float((ours - theirs).abs().max()) / max(1.0, float(ours.abs().max()))
             largest = max(largest, gap) if gap == gap else float("inf")
@@ -256,9 +281,10 @@ def _difference(
     return largest
 
 
-def _through(graph: Graph, inputs: Tensor) -> ModelOutput:
+def _through(graph: Graph, spec: ModelSpec, inputs: Tensor) -> ModelOutput:
+    named = named_inputs(graph.inputs, spec, inputs)
     try:
-        features, logits = graph({graph.inputs[0]: inputs.numpy()})
+        features, logits = graph({name: value.numpy() for name, value in named.items()})
     except Exception as error:  # onnxruntime's have no common base but this
         raise UsageError(
             f"The ONNX graph cannot be run with a batch of {len(inputs)} "

@@ -37,21 +37,18 @@ _TERMS = {
 }
 
 
-def write_card(
-    described: Description, *, automodel: bool, license_id: str | None, snippets: Sequence[str]
-) -> str:
+def write_card(described: Description, *, license_id: str | None, snippets: Sequence[str]) -> str:
     """The card as Markdown with front matter.
 
     Args:
         described: what ``cmkd.json`` says.
-        automodel: whether transformers opens the encoder by itself.
         license_id: of the weights, or None where nobody has said.
         snippets: programs that load the model.
     """
     sections = [
-        f"---\n{_front_matter(described, automodel, license_id)}---\n",
+        f"---\n{_front_matter(described, license_id)}---\n",
         _title(described),
-        _use(described, automodel, snippets),
+        _use(described, snippets),
         _data(described),
         _training(described.provenance),
         _results(described.provenance),
@@ -62,7 +59,7 @@ def write_card(
     return "\n".join(section for section in sections if section)
 
 
-def _front_matter(described: Description, automodel: bool, license_id: str | None) -> str:
+def _front_matter(described: Description, license_id: str | None) -> str:
     task = _TASKS.get(described.spec.modality)
     facts = described.provenance
     dataset = facts["data"]["dataset"]
@@ -70,7 +67,7 @@ def _front_matter(described: Description, automodel: bool, license_id: str | Non
     tags = ["cross-modal-knowledge-distillation", *(["onnx"] if graph else [])]
     values: dict[str, Any] = {
         "license": license_id,
-        "library_name": "transformers" if automodel else "cmkd_scale",
+        "library_name": "transformers" if described.loads_with else "cmkd_scale",
         "pipeline_tag": task,
         "tags": tags,
         "base_model": _base_model(described),
@@ -104,7 +101,7 @@ def _name(described: Description) -> str:
 
 def _base_model(described: Description) -> str | None:
     """The published model that training started from."""
-    return None
+    return None if described.spec.backbone is None else described.spec.backbone.source
 
 
 def _title(described: Description) -> str:
@@ -142,11 +139,11 @@ def _taught(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _use(described: Description, automodel: bool, snippets: Sequence[str]) -> str:
+def _use(described: Description, snippets: Sequence[str]) -> str:
     opens = (
-        f"`AutoModel.from_pretrained` opens the encoder (`{WEIGHTS}`); `{HEAD}` holds what "
-        "follows it."
-        if automodel
+        f"`{described.loads_with['class']}.from_pretrained` opens the encoder (`{WEIGHTS}`); "
+        f"`{HEAD}` holds what follows it."
+        if described.loads_with
         else f"The encoder (`{WEIGHTS}`) is not one that `AutoModel` knows; the program below, or "
         "cmkd_scale, loads it."
     )

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.models.model import Model
+from cmkd_scale.operations.export_inputs import input_names, joined_inputs, named_inputs, probe
+from cmkd_scale.stages.common import ModelSpec
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -44,27 +46,26 @@ def require_onnx() -> None:
         )
 
 
-class _Graph(nn.Module):
+class _Named(nn.Module):
     """A model as the graph has it: named inputs, and no stages."""
 
-    def __init__(self, model: Model, names: tuple[str, ...]) -> None:
+    def __init__(self, model: Model, spec: ModelSpec, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.model, self.names = model, names
+        self.model, self.spec, self.names = model, spec, names
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model(inputs[0])
+        named = dict(zip(self.names, inputs, strict=True))
+        output = self.model(joined_inputs(named, self.spec))
         return output.features, output.logits
 
 
-def write_graph(
-    model: Model, example: Mapping[str, Tensor], path: Path, metadata: Mapping[str, Any]
-) -> None:
+def write_graph(model: Model, spec: ModelSpec, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write a model as ONNX, with its weights beside it if they are more than 2 GB.
 
     Args:
         model: in eval mode, on the CPU.
-        example: inputs by name, each [B, ...]; B becomes dynamic.
-        path: of the graph.
+        spec: how it is built.
+        path: of the graph, whose inputs have any batch size.
         metadata: goes into ``metadata_props``.
 
     Raises:
@@ -72,12 +73,13 @@ def write_graph(
     """
     import onnx
 
-    names = tuple(example)
+    names = input_names(model.encoder)
+    example = named_inputs(names, spec, probe(spec, 2))
     batch = torch.export.Dim("batch")
     try:
         with _quiet():
             program = torch.onnx.export(
-                _Graph(model, names).eval(),
+                _Named(model, spec, names).eval(),
                 tuple(example.values()),
                 input_names=names,
                 output_names=OUTPUTS,

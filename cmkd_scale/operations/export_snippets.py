@@ -1,19 +1,22 @@
 """Code of a model card: loads an exported model with published libraries, without this project.
 
-The small encoders are no models of transformers', so their own source is part of it.
+What transformers does not have (the small encoders, pooling) is there as our own source.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-
 from cmkd_scale.models import encoders
+from cmkd_scale.models.backbone import BackboneEncoder
+from cmkd_scale.models.families import TIME_FIRST, pool
 from cmkd_scale.models.model import Model
-from cmkd_scale.operations.exported import DESCRIPTION, GRAPH, HEAD, WEIGHTS
+from cmkd_scale.models.normalisation import batch_norm_to_group_norm
+from cmkd_scale.operations.export_inputs import input_names
+from cmkd_scale.operations.exported import DESCRIPTION, GRAPH, HEAD, WEIGHTS, Description
 from cmkd_scale.stages.common import ModelSpec
 
 _PROJECTION = """\
@@ -32,9 +35,13 @@ with open(f"{{directory}}/{DESCRIPTION}") as file:
 """
 _CLASSIFY = '''\
 @torch.no_grad()
-def classify(inputs):
-    """{inputs} -> features [B, {features}], logits [B, {classes}]"""
-    features = projection(encoder(inputs)[0])
+def classify({names}):
+    """{inputs}.
+
+    Returns features [B, {features}] and logits [B, {classes}].
+    """
+{pooled}
+    features = projection(pooled)
     return features, head(features)
 '''
 _GRAPH = '''\
@@ -49,74 +56,172 @@ with open(f"{{directory}}/{DESCRIPTION}") as file:
 
 
 def classify({names}):
-    """numpy arrays: {inputs} -> features [B, {features}], logits [B, {classes}]"""
+    """numpy arrays: {inputs}.
+
+    Returns features [B, {features}] and logits [B, {classes}].
+    """
     return session.run(["features", "logits"], {feeds})
 '''
+_SMALL = """\
+encoder = {kind}({arguments}).eval()
+weights = load_file(f"{{directory}}/{WEIGHTS}")
+encoder.load_state_dict(
+    {{name.removeprefix("encoder."): value for name, value in weights.items()}}
+)
+"""
+_STOCK = "backbone = {loader}.from_pretrained(directory).eval(){attribute}\n"
+_GROUP_NORM = """\
+with open(f"{{directory}}/{DESCRIPTION}") as file:
+    config = json.load(file)["model"]["backbone"]["config"]
+backbone = AutoModel.from_config(AutoConfig.for_model(**config))
+batch_norm_to_group_norm(backbone)
+weights = load_file(f"{{directory}}/{WEIGHTS}")
+backbone.load_state_dict(
+    {{name.removeprefix("encoder.backbone."): value for name, value in weights.items()}}
+)
+backbone.eval()
+"""
+_HEARD = """\
+heard = {values} != 0{any}
+mask = heard.long().flip(1).cumsum(1).flip(1) > 0  # up to the last that is not 0
+"""
 
 
-def torch_snippet(model: Model, spec: ModelSpec, inputs: str) -> str:
-    """A program that ends in ``classify(inputs)``, with torch, safetensors and transformers.
-
-    Args:
-        model: the exported one.
-        spec: how it is built.
-        inputs: what it reads, in words.
-    """
+def torch_snippet(described: Description, model: Model) -> str:
+    """A program that ends in ``classify``, with torch, safetensors and transformers."""
+    spec = described.spec
     sizes = {
         "pooled": model.projection[0].in_features,
         "hidden": 2 * spec.feature_dim,
         "features": spec.feature_dim,
         "classes": len(spec.label_names),
     }
+    classes, opened, pooled = _encoder(described, model)
+    names = input_names(model.encoder)
+    classify = _CLASSIFY.format(
+        **{
+            **sizes,
+            "names": ", ".join(names),
+            "inputs": in_words(spec, names),
+            "pooled": textwrap.indent(pooled.rstrip(), "    "),
+        }
+    )
     return "\n".join(
         [
             "from __future__ import annotations\n",
             "import json\n",
             "import torch",
             "from safetensors.torch import load_file",
-            "from torch import Tensor, nn\n",
+            "from torch import Tensor, nn",
+            f"from transformers import {', '.join(classes)}\n" if classes else "",
             'directory = "."  # a copy of this repository\n\n',
-            _builtin(model.encoder, spec),
+            opened,
             _PROJECTION.format(HEAD=HEAD, DESCRIPTION=DESCRIPTION, **sizes),
             "",
-            _CLASSIFY.format(inputs=inputs, **sizes),
+            classify,
         ]
     )
 
 
-def graph_snippet(names: Sequence[str], spec: ModelSpec, inputs: str) -> str:
+def graph_snippet(described: Description, names: Sequence[str]) -> str:
     """The same for the graph, with onnxruntime alone."""
+    spec = described.spec
     return _GRAPH.format(
         GRAPH=GRAPH,
         DESCRIPTION=DESCRIPTION,
         names=", ".join(names),
         feeds="{" + ", ".join(f'"{name}": {name}' for name in names) + "}",
-        inputs=inputs,
+        inputs=in_words(spec, names),
         features=spec.feature_dim,
         classes=len(spec.label_names),
     )
 
 
-def _builtin(encoder: nn.Module, spec: ModelSpec) -> str:
-    """The source of a small encoder, one of it, and its weights into it."""
-    kind = type(encoder)
-    parts: list[Any] = [kind]
+def in_words(spec: ModelSpec, names: Sequence[str]) -> str:
+    """What a model reads."""
+    sizes = ", ".join(map(str, spec.shape))
+    if len(names) == 2:
+        return f"{names[0]} and {names[1]} int64 [B, {sizes}], padded to that length"
+    if spec.modality == "text":
+        return f"{names[0]} int64 [B, {sizes}], bytes of UTF-8 + 1 and 0 behind the end"
+    return f"{names[0]} float32 [B, {sizes}]"
+
+
+def _encoder(described: Description, model: Model) -> tuple[list[str], str, str]:
+    """Classes of transformers, the code that opens the encoder, and the code that calls it."""
+    if not isinstance(model.encoder, BackboneEncoder):
+        return _small(described, model.encoder)
+    call = _call(described.spec, model.encoder)
+    if not described.loads_with:
+        code = _sources(pool, batch_norm_to_group_norm) + _GROUP_NORM.format(
+            DESCRIPTION=DESCRIPTION, WEIGHTS=WEIGHTS
+        )
+        return ["AutoConfig", "AutoModel"], code, call
+    loader, attribute = described.loads_with["class"], described.loads_with["attribute"]
+    opened = _STOCK.format(loader=loader, attribute=f".{attribute}" if attribute else "")
+    return [loader], _sources(pool) + opened, call
+
+
+def _small(described: Description, encoder: Any) -> tuple[list[str], str, str]:
+    spec, kind = described.spec, type(encoder)
+    if kind is encoders.ByteTransformer:
+        call = (
+            "mask = inputs != 0\n"
+            "output = backbone(input_ids=inputs, attention_mask=mask.long())\n"
+            'pooled = pool(output, "mean", mask)'
+        )
+        loader = described.loads_with["class"]
+        return [loader], _sources(pool) + _STOCK.format(loader=loader, attribute=""), call
+    sources = []
     if kind is encoders.ResNetEncoder:
-        parts.insert(0, encoders.batch_norm_to_group_norm)
+        sources = [batch_norm_to_group_norm]
         options = {"channels": spec.shape[-3], "width": spec.width, "depth": spec.depth}
-    elif kind is encoders.ByteTransformer:
-        options = {"max_bytes": spec.shape[0], "width": spec.width, "depth": spec.depth}
     else:
         size = spec.shape[0] * spec.shape[1]
         options = {"size": size, "width": spec.width, "depth": spec.depth}
-    arguments = ", ".join(f"{name}={value}" for name, value in options.items())
-    return "\n\n".join(
-        [
-            *(f"{inspect.getsource(part)}" for part in parts),
-            f"encoder = {kind.__name__}({arguments}).eval()\n"
-            f'weights = load_file(f"{{directory}}/{WEIGHTS}")\n'
-            "encoder.load_state_dict(\n"
-            '    {name.removeprefix("encoder."): value for name, value in weights.items()}\n'
-            ")\n",
-        ]
+    opened = _SMALL.format(
+        kind=kind.__name__,
+        arguments=", ".join(f"{name}={value}" for name, value in options.items()),
+        WEIGHTS=WEIGHTS,
     )
+    return [], _sources(*sources) + _source(kind) + opened, "pooled = encoder(inputs)[0]"
+
+
+def _call(spec: ModelSpec, encoder: BackboneEncoder) -> str:
+    """Inputs to ``pooled``: what ``BackboneEncoder`` does for this backbone."""
+    backbone = encoder.spec
+    names = input_names(encoder)
+    how = f'"{backbone.pooling}"'
+    if len(names) == 2:
+        return (
+            "output = backbone(input_ids=input_ids, attention_mask=attention_mask)\n"
+            f"pooled = pool(output, {how}, attention_mask != 0)"
+        )
+    values = names[0]
+    lines, mask, masked = "", "None", ""
+    several = values == "pixel_values" and len(spec.shape) == 4
+    if several:
+        lines = f"frames = {values}.shape[1]\n{values} = {values}.flatten(0, 1)\n"
+    elif values != "pixel_values":
+        if len(spec.shape) == 3:
+            turn = ".transpose(1, 2)" if backbone.config["model_type"] in TIME_FIRST else ""
+            lines = f"{values} = {values}.squeeze(1){turn}\n"
+        if backbone.ragged:
+            lines += _HEARD.format(
+                values=values if len(spec.shape) == 1 else f"({values}",
+                any="" if len(spec.shape) == 1 else ").any(2)",
+            )
+            mask = "mask"
+            masked = ", attention_mask=mask.long()" if backbone.masked else ""
+    lines += f"output = backbone({values}={values}{masked})\npooled = pool(output, {how}, {mask})"
+    return lines + ("\npooled = pooled.unflatten(0, (-1, frames)).mean(1)" if several else "")
+
+
+def _sources(*functions: Callable[..., Any]) -> str:
+    return "".join(f"{inspect.getsource(function)}\n\n" for function in functions)
+
+
+def _source(kind: type) -> str:
+    """A module: how it is made and what it computes."""
+    parts = [inspect.getsource(getattr(kind, name)) for name in ("__init__", "forward")]
+    return f"class {kind.__name__}(nn.Module):\n" + "\n".join(parts) + "\n\n"

@@ -19,6 +19,7 @@ from cmkd_scale.data.modalities import Modality
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.files import file_digest, read_json
 from cmkd_scale.models.model import Model
+from cmkd_scale.stages.backbones import kept_processor
 from cmkd_scale.stages.common import ModelSpec
 from cmkd_scale.stages.streams import make_modality
 
@@ -46,7 +47,8 @@ class Description:
     preprocessing: Mapping[str, Any]
     """All that shapes the tensors that the model reads."""
     loads_with: Mapping[str, Any]
-    """How transformers opens the encoder: ``class``, ``attribute``, ``pooling``."""
+    """How transformers opens the encoder: its ``class``, the ``attribute`` of the opened model that
+    the encoder is (empty: itself), ``pooling``. Empty where no class of theirs opens it."""
     provenance: Mapping[str, Any]
     """Method, seed, steps, digests, metrics, versions."""
     files: Mapping[str, str]
@@ -54,8 +56,14 @@ class Description:
 
     @property
     def modality(self) -> Modality:
-        """What turns the bytes of a file into the tensor that the model reads."""
-        return make_modality(self.spec.modality, self.spec.transform)
+        """What turns the bytes of a file into the tensor that the model reads.
+
+        Raises:
+            IntegrityError: the processor's files are not those that the model was trained with.
+        """
+        spec = self.spec
+        processor = kept_processor(spec.backbone, spec.modality, self.directory)
+        return make_modality(spec.modality, spec.transform, processor)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``cmkd.json``."""
@@ -111,8 +119,7 @@ def load_exported(directory: Path) -> Exported:
     described.check(*{WEIGHTS, HEAD, *described.files} - {CARD, GRAPH})
     try:
         model = described.spec.build()
-        weights = {**load_file(directory / WEIGHTS), **load_file(directory / HEAD)}
-        model.load_state_dict(weights)
+        _load_weights(model, described)
         return Exported(
             model=model.eval(),
             spec=described.spec,
@@ -122,6 +129,23 @@ def load_exported(directory: Path) -> Exported:
         )
     except _WRONG as error:
         raise _not_as_described(directory, error) from None
+
+
+def _load_weights(model: Model, described: Description) -> None:
+    """The inverse of what ``export`` writes.
+
+    Raises:
+        RuntimeError: they are those of another model.
+    """
+    encoder = load_file(described.directory / WEIGHTS)
+    if described.loads_with:
+        attribute = described.loads_with["attribute"]
+        theirs = f"{attribute}." if attribute else ""
+        encoder = {
+            f"encoder.backbone.{name.removeprefix(theirs)}": value
+            for name, value in encoder.items()
+        }
+    model.load_state_dict({**encoder, **load_file(described.directory / HEAD)})
 
 
 def read_description(directory: Path) -> Description:

@@ -62,7 +62,7 @@ def test_averaged_weights_are_exported_where_there_are_any(tmp_path: Path) -> No
 def test_the_directory_of_a_trained_student(taught: Path, tmp_path: Path) -> None:
     result = export(taught, format="safetensors", out=tmp_path / "out")
     described = read_json(tmp_path / "out" / "cmkd.json")
-    expected = ["README.md", "cmkd.json", "head.safetensors", "model.safetensors"]
+    expected = ["README.md", "cmkd.json", "config.json", "head.safetensors", "model.safetensors"]
     assert names(tmp_path / "out") == sorted(result["files"]) == expected
     assert described["files"] == {
         name: file_digest(tmp_path / "out" / name) for name in expected if name != "cmkd.json"
@@ -159,6 +159,7 @@ def test_a_model_that_does_not_come_back_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path / "run")
+
     def changed(directory: Path) -> Any:
         exported = load_exported(directory)
         with torch.no_grad():
@@ -336,7 +337,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     assert main(["export", run, "--out", out, "--license", "mit", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["directory"], result["automodel"], result["steps"]) == (out, False, STEPS)
+    assert (result["directory"], result["automodel"], result["steps"]) == (out, True, STEPS)
     assert (tmp_path / "out" / "README.md").read_text().startswith("---\nlicense: mit\n")
     assert main(["export", run, "--out", out]) == 0
     assert f"{out}: ce_ls after {STEPS} steps" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,14 @@ def card_of(tmp_path: Path, license_id: str | None = None, **facts: Any) -> str:
         make_run(tmp_path / "run")
         export(tmp_path / "run", format="safetensors", out=tmp_path / "out")
     described = read_description(tmp_path / "out")
-    changed = {**described.provenance, **facts}
-    return write_card(
-        type(described)(
-            directory=described.directory,
-            spec=described.spec,
-            preprocessing=described.preprocessing,
-            loads_with=described.loads_with,
-            provenance=changed,
-            files=described.files,
-        ),
-        automodel=False,
-        license_id=license_id,
-        snippets=[],
-    )
+    changed = replace(described, provenance={**described.provenance, **facts})
+    return write_card(changed, license_id=license_id, snippets=[])
 
 
 def test_what_is_not_known_is_not_said(tmp_path: Path) -> None:
     card = card_of(tmp_path)
     assert front_matter(card) == {
-        "library_name": "cmkd_scale",
+        "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "tags": ["cross-modal-knowledge-distillation"],
     }

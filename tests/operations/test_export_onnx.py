@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from torch import Tensor, nn
 
 from cmkd_scale.errors import IntegrityError, UsageError
@@ -16,7 +15,7 @@ from cmkd_scale.models.model import Model
 from cmkd_scale.operations.export import export
 from cmkd_scale.operations.export_onnx import OPSET, Graph, write_graph
 from cmkd_scale.operations.exported import read_description
-from tests.operations.export_runs import make_run
+from tests.operations.export_runs import make_run, make_spec
 
 
 def test_what_the_graph_says_of_itself(tmp_path: Path) -> None:
@@ -37,16 +36,14 @@ def test_what_the_graph_says_of_itself(tmp_path: Path) -> None:
 class Stubborn(nn.Module):
     """Does what no graph can: looks at values."""
 
-    out_dim = 4
-
     def forward(self, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return (inputs if float(inputs.sum()) > 0 else -inputs), ()
+        return (inputs if float(inputs.sum()) > 0 else -inputs).flatten(1), ()
 
 
 def test_an_encoder_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
-    model = Model(Stubborn(), encoder_dim=4, feature_dim=3, classes=2).eval()
+    model = Model(Stubborn(), encoder_dim=12, feature_dim=8, classes=3).eval()
     with pytest.raises(UsageError, match=r"cannot be written as an ONNX graph.*safetensors"):
-        write_graph(model, {"inputs": torch.ones(2, 4)}, tmp_path / "model.onnx", {})
+        write_graph(model, make_spec("features"), tmp_path / "model.onnx", {})
 
 
 def test_a_graph_that_computes_something_else_is_refused(
