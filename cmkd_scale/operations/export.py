@@ -6,10 +6,7 @@ held against the trained model before it appears.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmkd_scale.errors import CmkdError, UsageError, did_you_mean
+from cmkd_scale.errors import UsageError, did_you_mean
 from cmkd_scale.files import file_digest, sync, to_json
 from cmkd_scale.models.backbone import BackboneEncoder
 from cmkd_scale.models.model import Model
 from cmkd_scale.models.stock import Stock
 from cmkd_scale.monitoring.report_runs import read_object
 from cmkd_scale.operations.export_card import write_card
+from cmkd_scale.operations.export_directory import check_out, written_whole
 from cmkd_scale.operations.export_facts import provenance
 from cmkd_scale.operations.export_inputs import named_inputs, probe
 from cmkd_scale.operations.export_onnx import Graph, require_onnx, write_graph
@@ -39,7 +37,6 @@ from cmkd_scale.operations.exported import (
     Description,
     is_run,
     load_exported,
-    read_description,
 )
 from cmkd_scale.records import ModelOutput
 from cmkd_scale.stages.backbones import copy_processor
@@ -88,12 +85,12 @@ def export(
         check_push(push_to)
     out = (run / "export" if out is None else out).resolve()
     _check_run(run)
-    _check_out(out, run)
+    check_out(out, run)
     trained = load_trained(run, str(read_object(run / "env.json").get("stage")))
     _check_trained(run, trained)
     facts = provenance(run, trained, controls)
     try:
-        with _written_whole(out) as temporary:
+        with written_whole(out) as temporary:
             result = _write(temporary, trained, facts, format, license_id)
     except OSError as error:
         raise UsageError(
@@ -120,27 +117,6 @@ def _check_run(run: Path) -> None:
         raise UsageError(
             f"{run} is a run of `cmkd memory`, which holds prototypes and no model. Export the "
             "teacher that it was built from, or a student that was taught by it."
-        )
-
-
-def _check_out(out: Path, run: Path) -> None:
-    """Refuse to write where something else lies."""
-    checkpoints = (run / "checkpoints").resolve()
-    if out == checkpoints or checkpoints in out.parents:
-        raise UsageError(f"{out} lies among the run's checkpoints; choose another --out.")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; name a directory with --out.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    try:
-        ours = {DESCRIPTION, *read_description(out).files}
-    except CmkdError:
-        ours = set()
-    others = sorted(path.name for path in out.iterdir() if path.name not in ours)
-    if others:
-        raise UsageError(
-            f"{out} holds what no export has written ({', '.join(others[:5])}); choose another "
-            "--out, or remove it."
         )
 
 
@@ -291,32 +267,3 @@ def _through(graph: Graph, spec: ModelSpec, inputs: Tensor) -> ModelOutput:
             f"({' '.join(str(error).split())[:300]}). Export it with --format safetensors."
         ) from None
     return ModelOutput(torch.from_numpy(features), torch.from_numpy(logits), ())
-
-
-@contextlib.contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` to write into, which takes its place if all goes well.
-
-    What lay there goes last; should this be killed between the two renames, the next export
-    finds it.
-    """
-    temporary, old = (
-        out.with_name(f".{out.name}.{os.getpid()}.tmp"),
-        out.with_name(f".{out.name}.old"),
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for path in out.parent.iterdir():
-        if path.name.startswith(f".{out.name}.") and path.suffix == ".tmp":
-            shutil.rmtree(path)  # of a writer that was killed
-    if old.exists():
-        shutil.rmtree(old) if out.exists() else old.rename(out)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

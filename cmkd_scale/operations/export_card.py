@@ -1,7 +1,6 @@
 """The model card of an export, ``README.md``: made of what ``cmkd.json`` says, and of nothing else.
 
-What is not known is called unknown. Front matter as the Hub reads it
-(huggingface.co/docs/hub/model-cards).
+What is not known is called unknown.
 """
 
 from __future__ import annotations
@@ -10,16 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from cmkd_scale.data.datasets import DATASETS
-from cmkd_scale.operations.exported import DESCRIPTION, GRAPH, HEAD, WEIGHTS, Description
+from cmkd_scale.operations.export_front_matter import base_model, front_matter, model_name
+from cmkd_scale.operations.exported import DESCRIPTION, HEAD, WEIGHTS, Description
 
-_TASKS = {
-    "image": "image-classification",
-    "audio": "audio-classification",
-    "text": "text-classification",
-}
 _NAMES_SHOWN = 20
 _METRICS = {
     "test/accuracy": "accuracy",
@@ -46,7 +39,7 @@ def write_card(described: Description, *, license_id: str | None, snippets: Sequ
         snippets: programs that load the model.
     """
     sections = [
-        f"---\n{_front_matter(described, license_id)}---\n",
+        f"---\n{front_matter(described, license_id)}---\n",
         _title(described),
         _use(described, snippets),
         _data(described),
@@ -59,58 +52,13 @@ def write_card(described: Description, *, license_id: str | None, snippets: Sequ
     return "\n".join(section for section in sections if section)
 
 
-def _front_matter(described: Description, license_id: str | None) -> str:
-    task = _TASKS.get(described.spec.modality)
-    facts = described.provenance
-    dataset = facts["data"]["dataset"]
-    graph = GRAPH in described.files
-    tags = ["cross-modal-knowledge-distillation", *(["onnx"] if graph else [])]
-    values: dict[str, Any] = {
-        "license": license_id,
-        "library_name": "transformers" if described.loads_with else "cmkd_scale",
-        "pipeline_tag": task,
-        "tags": tags,
-        "base_model": _base_model(described),
-        "datasets": None if dataset is None else [dataset],
-        "model-index": _model_index(described, task),
-    }
-    known = {key: value for key, value in values.items() if value is not None}
-    return yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
-
-
-def _model_index(described: Description, task: str | None) -> list[dict[str, Any]] | None:
-    """Results as the Hub lists them, where there are any and the data has a name."""
-    facts = described.provenance
-    dataset, accuracy = facts["data"]["dataset"], facts["metrics"].get("test/accuracy")
-    if dataset is None or accuracy is None or task is None:
-        return None
-    result = {
-        "task": {"type": task},
-        "dataset": {"type": dataset, "name": dataset, "split": facts["measured"]["split"]},
-        "metrics": [{"type": "accuracy", "value": accuracy}],
-    }
-    return [{"name": _name(described), "results": [result]}]
-
-
-def _name(described: Description) -> str:
-    facts = described.provenance
-    dataset = facts["data"]["dataset"]
-    words = [dataset, described.spec.modality, facts["method"]]
-    return " ".join(str(word) for word in words if word is not None)
-
-
-def _base_model(described: Description) -> str | None:
-    """The published model that training started from."""
-    return None if described.spec.backbone is None else described.spec.backbone.source
-
-
 def _title(described: Description) -> str:
     facts, spec = described.provenance, described.spec
     names = [_code(name) for name in spec.label_names[:_NAMES_SHOWN]]
     rest = len(spec.label_names) - len(names)
     listed = ", ".join(names) + (f" and {rest} more (`{DESCRIPTION}`)" if rest else "")
     return (
-        f"# {_code(_name(described))}\n\n"
+        f"# {_code(model_name(described))}\n\n"
         f"A classifier of {spec.modality}, trained by `{facts['method']}` and exported by "
         f"cmkd_scale {facts['exported_by']}. {_taught(facts)}\n\n"
         f"{len(spec.label_names)} classes: {listed}.\n"
@@ -148,10 +96,18 @@ def _use(described: Description, snippets: Sequence[str]) -> str:
         "cmkd_scale, loads it."
     )
     programs = "\n".join(f"```python\n{snippet.rstrip()}\n```\n" for snippet in snippets)
+    backbone = described.spec.backbone
+    made = (
+        ""
+        if backbone is None or backbone.processor_digest is None
+        else " The processor whose files lie here makes them (`AutoImageProcessor`, "
+        "`AutoFeatureExtractor` or `AutoTokenizer`, `.from_pretrained(directory)`); what is "
+        "shorter is padded at its end, a sound with zeros."
+    )
     return (
         f"## Use\n\n{opens} With cmkd_scale: `cmkd predict DIRECTORY FILE...`.\n\n{programs}\n"
-        "Files become inputs as `preprocessing` in "
-        f"`{DESCRIPTION}` says:\n\n```json\n{_json(described.preprocessing)}\n```\n"
+        f"Files become inputs as `preprocessing` in `{DESCRIPTION}` says.{made}\n\n"
+        f"```json\n{_json(described.preprocessing)}\n```\n"
     )
 
 
@@ -256,8 +212,8 @@ def _licences(described: Description, license_id: str | None) -> str:
     rows += [
         (f"data of teacher {number}", "unknown") for number in range(1, len(facts["teachers"]) + 1)
     ]
-    if _base_model(described) is not None:
-        rows.append(("base model", f"that of {_code(_base_model(described))}"))
+    if base_model(described) is not None:
+        rows.append(("base model", f"that of {_code(base_model(described))}"))
     return (
         "## Licences\n\nA data set has a licence of its own, which may bind what is trained on "
         "it, and what is taught by a teacher that was.\n\n" + _table(("of", "licence"), rows)

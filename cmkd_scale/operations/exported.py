@@ -33,7 +33,10 @@ GRAPH = "model.onnx"
 CARD = "README.md"
 """The model card, which may be edited: it is not compared with its digest."""
 
-_WRONG = (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError, UsageError)
+_WRONG = (
+    *(KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError),
+    *(SafetensorError, UsageError),
+)
 """What building a model out of a wrong description raises."""
 _REMEDY = "Export it again with `cmkd export RUN --out DIR`, or copy the whole directory again."
 

@@ -11,7 +11,26 @@ import yaml
 from cmkd_scale.operations.export import export
 from cmkd_scale.operations.export_card import write_card
 from cmkd_scale.operations.exported import read_description
-from tests.operations.export_runs import make_run
+from tests.models.backbones import save_backbone
+from tests.operations.export_runs import make_backbone_run, make_run
+
+
+def test_a_published_model_that_it_began_from(tmp_path: Path) -> None:
+    save_backbone("vit", tmp_path / "hub")
+    make_backbone_run(tmp_path / "run", {"backbone": str(tmp_path / "hub")}, "image")
+    export(tmp_path / "run", format="safetensors", out=tmp_path / "out")
+    described = read_description(tmp_path / "out")
+    assert described.spec.backbone is not None
+    assert described.spec.backbone.source is None  # a directory of this machine
+    published = replace(described.spec.backbone, source="google/vit-small")
+    card = write_card(
+        replace(described, spec=replace(described.spec, backbone=published)),
+        license_id=None,
+        snippets=[],
+    )
+    assert front_matter(card)["base_model"] == "google/vit-small"
+    assert "| base model | that of `google/vit-small` |" in card
+    assert "The processor whose files lie here" in card
 
 
 def front_matter(card: str) -> dict[str, Any]:
