@@ -69,14 +69,19 @@ def test_the_card_may_be_edited(out: Path) -> None:
         {"model": []},
         {"files": []},
         {"provenance": 1},
-        {"files": {"../../etc/passwd": "0"}},
-        {"files": {"/etc/passwd": "0"}},
         {"files": {}},
     ],
 )
 def test_a_description_that_is_none(out: Path, values: dict[str, Any]) -> None:
     change(out, **values)
     with pytest.raises(IntegrityError, match="Export it again"):
+        load_exported(out)
+
+
+@pytest.mark.parametrize("name", ["../run/config.yaml", "/etc/hostname", "a/b"])
+def test_a_description_that_names_files_elsewhere(out: Path, name: str) -> None:
+    change(out, files={**read_json(out / "cmkd.json")["files"], name: "0"})
+    with pytest.raises(IntegrityError, match="a file outside the directory"):
         load_exported(out)
 
 
