@@ -101,7 +101,6 @@ def export(
         "format": format,
         "method": facts["method"],
         "steps": facts["steps"],
-        "parameters": sum(value.numel() for value in trained.model.parameters()),
         **result,
         "pushed": None if push_to is None else push(out, push_to),
     }
@@ -162,6 +161,7 @@ def _write(
         sync(path)
     return {
         "automodel": stock is not None,
+        "parameters": sum(value.numel() for value in again.parameters()),
         "files": {path.name: path.stat().st_size for path in sorted(target.iterdir())},
         "difference": differences,
     }

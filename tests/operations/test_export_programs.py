@@ -124,6 +124,11 @@ def test_what_is_said_of_them(cases: dict[str, Case]) -> None:
     for name, case in cases.items():
         assert max(case.result["difference"].values()) <= 1e-5
         assert case.result["automodel"] == (name in AUTOMODEL)
+        trained = [key for key in case.model.state_dict() if "lora_" not in key]
+        counted = sum(
+            value.numel() for key, value in case.model.named_parameters() if key in trained
+        )
+        assert case.result["parameters"] == counted
         exported = load_exported(case.directory)
         assert exported.modality.shape == exported.spec.shape == case.spec.shape
         text = (case.directory / "cmkd.json").read_text()
