@@ -1,9 +1,10 @@
-"""Options about a cluster, and the kinds of numbers that options may be."""
+"""Options of verbs that have many, and the kinds of numbers that options may be."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _ASSUMPTIONS: tuple[tuple[str, str, float, str], ...] = (
@@ -64,6 +65,33 @@ def add_pods(parser: argparse.ArgumentParser) -> None:
         ("max-restarts", "of a stage, less those after preemption; default: 10"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+
+
+def add_prediction(parser: argparse.ArgumentParser) -> None:
+    """What to predict, and how."""
+    parser.add_argument("directory", type=Path, metavar="DIR", help="that cmkd export has written")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="a directory stands for the files below it with extensions of the model's modality, "
+        "- for names on standard input, one a line",
+    )
+    parser.add_argument(
+        "--text", action="append", default=[], help="for a model of texts; may be repeated"
+    )
+    parser.add_argument(
+        "--top-k", type=count, default=5, metavar="K", help="labels of each; default: 5"
+    )
+    parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default: 32")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that decode; default: none"
+    )
+    parser.add_argument("--device", metavar="D", help="of torch; default: a GPU if there is one")
+    parser.add_argument("--backend", choices=("torch", "onnx"), default="torch")
+    parser.add_argument(
+        "--jsonl", action="store_true", help="one JSON object a file, as soon as it is there"
+    )
 
 
 def count(text: str) -> int:

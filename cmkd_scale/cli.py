@@ -84,9 +84,14 @@ def _first_line(error: RuntimeError) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; words ``key=value`` may stand anywhere, which argparse alone cannot do."""
+    """Parse; ``key=value`` and names of files may stand anywhere, which argparse cannot do."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(options, "files"):
+        behind_options = argparse.ArgumentParser(add_help=False)
+        behind_options.add_argument("files", nargs="*")
+        more, rest = behind_options.parse_known_args(rest)
+        options.files = [*options.files, *more.files]
     pairs = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(pairs) < len(rest) or (pairs and not hasattr(options, "pairs")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -114,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_before(parsers)
     _add_inspection(parsers)
     _add_export(parsers)
+    _add_predict(parsers)
     _add_kubernetes(parsers)
     return parser
 
@@ -359,6 +365,22 @@ def _add_export(parsers: Any) -> None:
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="upload it to the Hub; a new repository is private"
     )
+
+
+def _add_predict(parsers: Any) -> None:
+    parser = _verb(
+        parsers,
+        "predict",
+        verbs.predict_verb,
+        "classes of files, by an exported model",
+        "cmkd predict runs/debug/student/export pictures/ sounds/one.wav --top-k 3\n"
+        "         find pictures -name '*.png' | cmkd predict DIR - --jsonl\n\n"
+        "A file that cannot be predicted is named on standard error, and the others are "
+        "predicted.\nExit code: 0 if all were; 42 if one was read and is damaged or of another "
+        "kind; else 2: one\ncould not be read (missing, not a regular file, too large, named as "
+        "of another modality).",
+    )
+    arguments.add_prediction(parser)
 
 
 def _add_kubernetes(parsers: Any) -> None:

@@ -243,6 +243,24 @@ def plan_verb(options: argparse.Namespace) -> None:
     _print(options, plan.to_json(), lambda: wording.plan_lines(plan.to_json()))
 
 
+def predict_verb(options: argparse.Namespace) -> None:
+    """Predict the classes of files."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as for `cmkd shards stream`
+    from cmkd_scale.operations.predict_output import run
+
+    run(
+        options.directory,
+        options.files,
+        options.text,
+        form="jsonl" if options.jsonl else "json" if options.json else "text",
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        device=options.device,
+        backend=options.backend,
+    )
+
+
 def report_verb(options: argparse.Namespace) -> None:
     """Write a report."""
     from cmkd_scale.monitoring.report import write_report

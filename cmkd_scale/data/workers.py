@@ -165,10 +165,11 @@ class _Worker(Generic[_Answer]):
             return error
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return CmkdError(
-            f"One of data.workers={self._of} processes that decode samples was killed (process "
+            f"One of {self._of} processes that decode samples was killed (process "
             f"{self._process.pid}, {how}). Signal 9 most often means that the system was out of "
-            "memory, signal 7 that /dev/shm was full: use fewer workers or a smaller "
-            "data.cache_bytes. The same command continues from the newest checkpoint."
+            "memory, signal 7 that /dev/shm was full: use fewer workers (data.workers) or a "
+            "smaller data.cache_bytes, and start the same command again. A stage continues from "
+            "the newest checkpoint."
         )
 
 

@@ -62,3 +62,16 @@ def tail(name: str) -> str:
 def plain(text: str) -> str:
     """Without letters that would move the cursor."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def escaped(text: str) -> str:
+    """The same with what is not printable spelled out, as in ``a\\nb``: one line, whatever a name.
+
+    Bytes of a name that are not UTF-8 become ``\\xff``.
+    """
+
+    def spell(letter: str) -> str:
+        byte = ord(letter) - 0xDC00  # as surrogateescape has it
+        return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(letter)[1:-1]
+
+    return "".join(letter if letter.isprintable() else spell(letter) for letter in text)

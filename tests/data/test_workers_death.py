@@ -52,7 +52,7 @@ def test_a_worker_that_is_killed_is_told_with_the_remedy(
         next(source)
     victim = decoding()[-1]
     victim.kill()
-    expected = f"One of data.workers={workers} .* by signal 9.* The same command continues"
+    expected = f"One of {workers} processes .* by signal 9.* continues from the newest checkpoint"
     with pytest.raises(CmkdError, match=expected):
         deque(source, maxlen=0)  # endless but for that; what had arrived is delivered
     assert not decoding(), "the others end, too"
