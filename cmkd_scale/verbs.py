@@ -245,7 +245,6 @@ def plan_verb(options: argparse.Namespace) -> None:
 
 def predict_verb(options: argparse.Namespace) -> None:
     """Predict the classes of files."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as for `cmkd shards stream`
     from cmkd_scale.operations.predict_output import run
 
     run(

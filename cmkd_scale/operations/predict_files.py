@@ -122,7 +122,7 @@ def _below(root: str, modality: Modality) -> Iterator[Source | Failure]:
         inner = [entry.path for entry in shown if entry.is_dir(follow_symlinks=False)]
         directories += reversed(inner)
         for entry in shown:
-            if modality.wants(_extension(entry.name)) and not entry.is_dir():
+            if modality.wants(_extension(entry.name)) and not os.path.isdir(entry.path):
                 found = True
                 yield Source("file", entry.path)
     if not found:

@@ -70,14 +70,19 @@ def run(
         ),
         codes,
     )
-    if form == "jsonl":
-        for outcome in outcomes:
-            print(json.dumps(to_json(outcome)), flush=True)
-    elif form == "json":
-        print(json.dumps(_whole(directory, predictor, outcomes)))
-    else:
-        predictions = (row for row in outcomes if isinstance(row, Prediction))
-        show(predictions, Console(), predictor.label_names, batch_size)
+    try:
+        if form == "jsonl":
+            for outcome in outcomes:
+                print(json.dumps(to_json(outcome)), flush=True)
+        elif form == "json":
+            print(json.dumps(_whole(directory, predictor, outcomes)))
+        else:
+            predictions = (row for row in outcomes if isinstance(row, Prediction))
+            show(predictions, Console(), predictor.label_names, batch_size)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as `head` does; the rest goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     failed = codes.total() - codes[EXIT_DONE]
     if failed:
         kind = IntegrityError if codes[EXIT_INTEGRITY] else UsageError
