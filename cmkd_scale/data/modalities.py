@@ -84,6 +84,8 @@ class AudioModality(SoundModality):
         except ValueError as error:
             raise DecodeError(f"{error}.") from None
         bands_MT = self._log_mel(resample(samples, rate, self.sample_rate))
+        if not np.isfinite(bands_MT).all():  # float32 ends at 3e38
+            raise DecodeError("it is too loud for numbers of 32 bits.")
         bands_MT = np.maximum(bands_MT, bands_MT.max() - self.range_db * _NEPERS_PER_DB)
         if self.trim_db:
             loudness_T = bands_MT.max(axis=0)

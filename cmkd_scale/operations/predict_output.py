@@ -9,12 +9,14 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
@@ -71,15 +73,10 @@ def run(
         codes,
     )
     try:
-        if form == "jsonl":
-            for outcome in outcomes:
-                print(json.dumps(to_json(outcome)), flush=True)
-        elif form == "json":
-            print(json.dumps(_whole(directory, predictor, outcomes)))
-        else:
-            predictions = (row for row in outcomes if isinstance(row, Prediction))
-            show(predictions, Console(), predictor.label_names, batch_size)
-        sys.stdout.flush()
+        with warnings.catch_warnings():
+            # A picture that Pillow warns of is refused, and said to be.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            _print(directory, predictor, outcomes, form, batch_size)
     except BrokenPipeError:  # whoever reads has enough, as `head` does; the rest goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
@@ -87,6 +84,20 @@ def run(
     if failed:
         kind = IntegrityError if codes[EXIT_INTEGRITY] else UsageError
         raise kind(f"{failed} of {codes.total()} could not be predicted, see above.")
+
+
+def _print(
+    directory: Path, predictor: Predictor, outcomes: Iterable[Outcome], form: str, batch_size: int
+) -> None:
+    if form == "jsonl":
+        for outcome in outcomes:
+            print(json.dumps(to_json(outcome)), flush=True)
+    elif form == "json":
+        print(json.dumps(_whole(directory, predictor, outcomes)))
+    else:
+        predictions = (row for row in outcomes if isinstance(row, Prediction))
+        show(predictions, Console(), predictor.label_names, batch_size)
+    sys.stdout.flush()
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:

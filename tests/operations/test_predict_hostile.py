@@ -77,10 +77,11 @@ def sound(
     return buffer.getvalue()
 
 
-def float_sound(value: float) -> bytes:
+def float_sound(value: float, rate: int = 8000) -> bytes:
     buffer = io.BytesIO()
     samples = np.full(4000, value, np.float32)
-    soundfile.write(buffer, samples, 8000, format="WAV", subtype="FLOAT")
+    samples[::2] *= -1
+    soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
     return buffer.getvalue()
 
 
@@ -139,6 +140,8 @@ BAD: dict[str, tuple[str, bytes]] = {
     "hours.flac": ("audio", boasting_sound()),
     "long.flac": ("audio", sound(61 * 8000, kind="FLAC")),
     "nan.wav": ("audio", float_sound(np.nan)),
+    # Resampled, it leaves the numbers of 32 bits.
+    "louder.wav": ("audio", float_sound(3.4e38, rate=11_025)),
     "infinite.wav": ("audio", float_sound(np.inf)),
     "packed.wav": ("audio", gzip.compress(sound())),
     "page.wav": ("audio", HTML),
@@ -187,7 +190,7 @@ def predict(models: Path, modality: str, bad: Path, capsys: Any) -> tuple[int, A
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert found["predictions"][-1]["file"] == str(good)
-    assert printed.err.isprintable() or printed.err.replace("\n", "").isprintable()
+    assert printed.err.replace("\n", "").isprintable()
     return code, found, printed.err.splitlines()
 
 
@@ -203,6 +206,7 @@ def test_what_is_damaged_is_one_line_and_the_others_are_predicted(
     assert lines[1:] == ["cmkd: 1 of 2 could not be predicted, see above."]
     assert lines[0].startswith(f"{tmp_path}/")
     assert ": it " in lines[0] or ": not " in lines[0]
+    assert lines[0].endswith(".")
 
 
 @pytest.mark.parametrize("name", FINE)
@@ -301,14 +305,7 @@ def test_what_is_odd_in_a_directory_is_met_there(models: Path, tmp_path: Path, c
     pipe(inner / "a.png")
     circle(inner / "b.png")
     (inner / "c.png").write_bytes(GOOD["image"])
-    deep = inner
-    for _ in range(1500):  # deeper than Python's stack
-        deep = deep / "d"
-        os.mkdir(deep)
-    try:
-        assert main(["predict", str(models / "image"), str(tmp_path / "root"), "--jsonl"]) == 2
-    finally:
-        os.removedirs(deep)  # which what cleans up would be too deep for, too
+    assert main(["predict", str(models / "image"), str(tmp_path / "root"), "--jsonl"]) == 2
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(row["file"]).name for row in rows] == ["a.png", "b.png", "c.png"]
     assert "not a regular file" in rows[0]["error"]
