@@ -124,9 +124,9 @@ def show(
         for row in predictions:
             print(f"{escaped(row.source.name)}: {_ranks(row.top)}")
         return
-    widths = _widths(console.width, label_names)
     left, header = iter(predictions), True
     while rows := [*islice(left, rows_at_a_time)]:
+        widths = _widths(console.width, label_names, alone=len(rows[0].top) == 1)
         console.print(_table(rows, widths, header=header))
         header = False
 
@@ -174,12 +174,12 @@ def _percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def _widths(columns: int, label_names: Sequence[str]) -> tuple[int, int, int]:
+def _widths(columns: int, label_names: Sequence[str], *, alone: bool) -> tuple[int, int, int]:
     """Of name, label and the labels behind it; the share has 6 columns, and gaps have 2."""
     widest = max((cell_len(escaped(name)) for name in label_names), default=0)
     label = min(max(widest, len("label")), _WIDEST_LABEL)
-    free = max(columns - label - 6 - 3 * 2, _NARROWEST_NAME)
-    name = max(free // 2, _NARROWEST_NAME)
+    free = max(columns - label - 6 - (2 if alone else 3) * 2, _NARROWEST_NAME)
+    name = free if alone else max(free // 2, _NARROWEST_NAME)
     return name, label, max(free - name, 0)
 
 
