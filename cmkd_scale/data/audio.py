@@ -42,9 +42,9 @@ def read_sound(content: bytes, max_seconds: float) -> tuple[NDArray[np.float32],
                     break
             rate = int(file.samplerate)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"not a sound file ({error.error_string})") from None
+        raise ValueError(f"it is not a sound file ({error.error_string})") from None
     except soundfile.SoundFileError as error:
-        raise ValueError(f"not a sound file ({error})") from None
+        raise ValueError(f"it is not a sound file ({error})") from None
     mono: NDArray[np.float32] = np.concatenate([np.zeros(0, np.float32), *blocks])
     if not len(mono) or not np.isfinite(mono).all():
         raise ValueError("it holds no samples, or some that are not numbers")
@@ -55,6 +55,7 @@ def resample(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np
     """Change the sample rate; [n] -> [about n * wanted / rate].
 
     Raises:
+        ValueError: what comes out is beyond float32.
         UsageError: soxr is not installed.
     """
     if rate == wanted:
@@ -64,6 +65,8 @@ def resample(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np
     except ImportError as error:
         raise UsageError(f"Changing the sample rate needs soxr: {_INSTALL}.") from error
     resampled: NDArray[np.float32] = soxr.resample(samples, rate, wanted)
+    if not np.isfinite(resampled).all():
+        raise ValueError("it is too loud to be resampled")
     return resampled
 
 

@@ -136,12 +136,12 @@ class _Sound(_Processed):
     positive: ClassVar[frozenset[str]] = frozenset({"max_seconds"})
 
     def _extracted(self, members: Mapping[str, bytes]) -> NDArray[np.float32]:
+        wanted = int(self.processor.load().sampling_rate)
         try:
             samples, rate = read_sound(self.content(members), self.max_seconds)
+            samples = resample(samples, rate, wanted)
         except ValueError as error:
             raise DecodeError(f"{error}.") from None
-        wanted = int(self.processor.load().sampling_rate)
-        samples = resample(samples, rate, wanted)
         most = round(self.length_seconds * wanted)
         if most and len(samples) > most:
             begin = (len(samples) - most) // 2

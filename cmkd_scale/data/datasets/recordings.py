@@ -120,8 +120,8 @@ def _fingerprint(directory: Path, found: dict[tuple[str, int], list[str]]) -> st
 def _read(path: Path) -> NDArray[np.float32]:
     try:
         samples, rate = read_sound(path.read_bytes(), _LONGEST_RECORDING)
+        return resample(samples, rate, SAMPLE_RATE)
     except (OSError, ValueError) as error:
         raise IntegrityError(
             f"The recording {path} cannot be read: {error}. Download it again, or remove it."
         ) from None
-    return resample(samples, rate, SAMPLE_RATE)
