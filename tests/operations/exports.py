@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from cmkd_scale.files import file_digest, to_json
 from cmkd_scale.models.model import Model
 from cmkd_scale.operations.export_onnx import write_graph
-from cmkd_scale.operations.exported import DESCRIPTION, FORMAT_VERSION, GRAPH, HEAD, WEIGHTS
+from cmkd_scale.operations.exported import DESCRIPTION, GRAPH, HEAD, WEIGHTS, Description
 from cmkd_scale.stages.common import ModelSpec
 from cmkd_scale.stages.streams import make_modality
 
@@ -49,13 +49,13 @@ def write_random(
         example = torch.zeros(2, *shape, dtype=torch.int64 if modality == "text" else None)
         name = "input_ids" if modality == "text" else "inputs"
         write_graph(model, {name: example}, directory / GRAPH, {})
-    described = {
-        "format_version": FORMAT_VERSION,
-        "model": spec.to_json(),
-        "preprocessing": {},
-        "loads_with": {},
-        "provenance": {},
-        "files": {file.name: file_digest(file) for file in directory.iterdir()},
-    }
-    (directory / DESCRIPTION).write_bytes(to_json(described))
+    described = Description(
+        directory=directory,
+        spec=spec,
+        preprocessing={},
+        loads_with={},
+        provenance={},
+        files={file.name: file_digest(file) for file in directory.iterdir()},
+    )
+    (directory / DESCRIPTION).write_bytes(to_json(described.to_json()))
     return model
