@@ -34,6 +34,7 @@ VERBS = [
     "memory-info",
     "doctor",
     "plan",
+    "predict",
     "report",
     "export",
 ]

@@ -28,6 +28,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from cmkd_scale.data.modalities import DecodeError
 from cmkd_scale.operations.predict import Predictor
+from cmkd_scale.operations.predict_files import max_bytes
 
 _WAIT_SECONDS = 10.0  # for a client to send or take more
 
@@ -42,12 +43,11 @@ class Server(ThreadingHTTPServer):
         address: tuple[str, int],
         predictor: Predictor,
         *,
-        max_bytes: int = 2**25,
         at_once: int = 8,
     ) -> None:
         super().__init__(address, _Handler)
         self.predictor = predictor
-        self.max_bytes = max_bytes
+        self.max_bytes = min(max_bytes(predictor.modality), 2**25)
         self.room = threading.BoundedSemaphore(at_once)
         self.model_lock = threading.Lock()
         self.registry = CollectorRegistry()

@@ -11,8 +11,7 @@ from typing import BinaryIO, Literal, NamedTuple
 from cmkd_scale.data.modalities import MODALITIES, Modality
 from cmkd_scale.errors import EXIT_USAGE, UsageError
 
-MAX_FILE_BYTES = 256 * 2**20
-"""Larger files are refused unread."""
+_MAX_BYTES, _MAX_TEXT_BYTES = 256 * 2**20, 2**20
 
 _MAX_NAME_BYTES = 4096  # a path cannot be longer on Linux
 
@@ -34,6 +33,12 @@ class Failure:
     """Why, in a sentence."""
     exit_code: int
     """42: it was read, and is damaged or of another kind; 2: it could not be read."""
+
+
+def max_bytes(modality: Modality) -> int:
+    """Larger files are refused unread."""
+    # A tokenizer goes through all of a text before it leaves out what is too much.
+    return _MAX_TEXT_BYTES if "txt" in modality.extensions else _MAX_BYTES
 
 
 def find(names: Iterable[str], modality: Modality) -> Iterator[Source | Failure]:
@@ -79,11 +84,10 @@ def read_file(name: str, modality: Modality) -> bytes:
         if not stat.S_ISREG(os.stat(name).st_mode):
             raise UsageError("it is not a regular file.")
         with open(name, "rb", opener=_open) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
+            size, most = os.fstat(file.fileno()).st_size, max_bytes(modality)
+            if size > most:
                 raise UsageError(
-                    f"it has {size / 2**20:.0f} MiB; at most {MAX_FILE_BYTES // 2**20} MiB are "
-                    "read."
+                    f"it has {size / 2**20:.1f} MiB; at most {most // 2**20} MiB are read."
                 )
             return file.read(size)
     except OSError as error:

@@ -21,7 +21,6 @@ import soundfile
 from PIL import Image
 
 from cmkd_scale.cli import main
-from cmkd_scale.operations.predict_files import MAX_FILE_BYTES
 from tests.operations.exports import write_random
 
 OPTIONS = {"image": {"height": 16, "width": 16, "channels": 3}, "audio": {}, "text": {}}
@@ -149,7 +148,7 @@ BAD: dict[str, tuple[str, bytes]] = {
     "blank.txt": ("text", b" \n\t\r\n"),
     "empty.txt": ("text", b""),
     "wide.txt": ("text", "good day".encode("utf-16")),
-    "huge but not UTF-8.txt": ("text", b"a" * 10_000_000 + b"\xff"),
+    "long but not UTF-8.txt": ("text", b"a" * 1_000_000 + b"\xff"),
     "packed.txt": ("text", gzip.compress(b"good day" * 9)),
     "a\nb\x1b[2J\x1b]0;title\x07\u202e.png": ("image", b"no"),
     "\udcff\udcfe.png": ("image", b"no"),
@@ -175,7 +174,7 @@ FINE: dict[str, tuple[str, bytes]] = {
     "page.txt": ("text", HTML),
     "zeros.txt": ("text", bytes(9)),
     "marked.txt": ("text", "\ufeffgood day".encode()),
-    "huge.txt": ("text", b"good day " * 1_000_000),
+    "long.txt": ("text", b"good day " * 100_000),
 }
 """Odd, and predicted all the same."""
 
@@ -245,7 +244,7 @@ def endless(path: Path) -> None:
 
 def sparse(path: Path) -> None:
     with path.open("wb") as file:
-        file.truncate(MAX_FILE_BYTES + 1)
+        file.truncate(2**40)
 
 
 def behind_a_file(path: Path) -> None:
@@ -290,6 +289,20 @@ def test_what_cannot_be_read_is_another_exit_code(
 def test_a_name_with_a_zero_byte_is_no_name(models: Path, capsys: Any) -> None:
     assert main(["predict", str(models / "image"), "a\0b.png"]) == 2
     assert "a\\x00b.png: no file can have this name." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("modality", "most"), [("text", 2**20), ("image", 2**28)])
+def test_the_largest_file_that_is_read(
+    models: Path, tmp_path: Path, capsys: Any, modality: str, most: int
+) -> None:
+    file = tmp_path / "large"
+    with file.open("wb") as content:
+        content.truncate(most + 1)
+    assert main(["predict", str(models / modality), str(file)]) == 2
+    assert f"at most {most // 2**20} MiB are read" in capsys.readouterr().err
+    if modality == "text":
+        file.write_bytes(b"a" * most)
+        assert main(["predict", str(models / modality), str(file)]) == 0
 
 
 def test_damage_outweighs_what_cannot_be_read(models: Path, tmp_path: Path, capsys: Any) -> None:
