@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -58,7 +60,7 @@ Outcome = Prediction | Failure
 
 def predict(
     directory: str | Path,
-    files: Iterable[str | Path] = (),
+    files: str | Path | Iterable[str | Path] = (),
     *,
     texts: Iterable[str] = (),
     top_k: int = 5,
@@ -71,7 +73,7 @@ def predict(
 
     Args:
         directory: what ``cmkd export`` has written.
-        files: see ``predict_files.find``.
+        files: one or several; see ``predict_files.find``.
         texts: come after the files.
         top_k: labels of each prediction, at most all.
         batch_size: samples that go through the model at a time.
@@ -87,12 +89,16 @@ def predict(
         IntegrityError: the model is damaged.
     """
     predictor = Predictor(directory, device=device, backend=backend)
-    sources = predictor.sources([os.fspath(file) for file in files], texts)
+    several = [files] if isinstance(files, str | Path) else files
+    sources = predictor.sources([os.fspath(file) for file in several], texts)
     return [*predictor.outcomes(sources, top_k=top_k, batch_size=batch_size, workers=workers)]
 
 
 class Predictor:
-    """An exported model that is ready to predict; not for several threads at a time."""
+    """An exported model that is ready to predict.
+
+    Several threads may ``decode`` at a time, and one predict.
+    """
 
     def __init__(
         self, directory: str | Path, *, device: str | None = None, backend: str = "torch"
@@ -199,7 +205,10 @@ class _Reading(Dataset[list[tuple[Source, Tensor] | Failure]]):
         self, request: Sequence[Source | Failure]
     ) -> list[tuple[Source, Tensor] | Failure]:
         """In the order of the request."""
-        return [row if isinstance(row, Failure) else self._sample(row) for row in request]
+        with warnings.catch_warnings():
+            # A picture that Pillow warns of is refused, and said to be.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return [row if isinstance(row, Failure) else self._sample(row) for row in request]
 
     def _sample(self, source: Source) -> tuple[Source, Tensor] | Failure:
         if source.kind == "text":

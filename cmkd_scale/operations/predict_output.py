@@ -9,14 +9,12 @@ import io
 import json
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
@@ -73,10 +71,7 @@ def run(
         codes,
     )
     try:
-        with warnings.catch_warnings():
-            # A picture that Pillow warns of is refused, and said to be.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            _print(directory, predictor, outcomes, form, batch_size)
+        _print(directory, predictor, outcomes, form, batch_size)
     except BrokenPipeError:  # whoever reads has enough, as `head` does; the rest goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cmkd_scale.monitoring.console_screen import Place, screen, summary
 from cmkd_scale.monitoring.console_state import RunState
-from cmkd_scale.monitoring.console_words import duration, sparkline
+from cmkd_scale.monitoring.console_words import duration, escaped, sparkline
 from cmkd_scale.monitoring.metrics import METRICS
 
 EVERYTHING = {
@@ -247,3 +247,20 @@ def finite_span(values: list[float]) -> float:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("plain name.png", "plain name.png"),
+        ("naïve 日本 ☺", "naïve 日本 ☺"),
+        ("a\nb\r\tc", "a\\nb\\r\\tc"),
+        ("\x1b[2J\x07\x9b", "\\x1b[2J\\x07\\x9b"),
+        ("\u202egnp.exe\u2028", "\\u202egnp.exe\\u2028"),
+        (b"caf\xe9".decode(errors="surrogateescape"), "caf\\xe9"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_what_is_escaped_is_one_line_that_moves_nothing(text: str, line: str) -> None:
+    assert escaped(text) == line
+    assert escaped(text).isprintable()

@@ -51,6 +51,7 @@ def make_run(
     run: Path,
     name: str = "byte_transformer",
     *,
+    spec: ModelSpec | None = None,
     step: int = STEPS,
     weights: Mapping[str, Tensor] | None = None,
     average: bool = False,
@@ -61,13 +62,14 @@ def make_run(
     Args:
         run: made.
         name: key of ``SPECS``.
+        spec: another model than that of the name.
         step: of the checkpoint; the run has ``STEPS``.
         weights: to replace some of the model's own.
         average: keep an average beside the weights, which is what counts then.
         config: further sections.
     """
     torch.manual_seed(0)
-    spec = make_spec(name)
+    spec = spec or make_spec(name)
     model = spec.build().eval()
     model.load_state_dict({**model.state_dict(), **(weights or {})})
     _write(run, model, spec, _config(run, config or {}), step, average)

@@ -1,19 +1,15 @@
-"""Exported models with random weights, as ``cmkd export`` would write them, without a run."""
+"""Exported models with random weights, of what modality a test asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from cmkd_scale.files import file_digest, to_json
 from cmkd_scale.models.model import Model
-from cmkd_scale.operations.export_onnx import write_graph
-from cmkd_scale.operations.exported import DESCRIPTION, GRAPH, HEAD, WEIGHTS, Description
+from cmkd_scale.operations.export import export
 from cmkd_scale.stages.common import ModelSpec
 from cmkd_scale.stages.streams import make_modality
+from tests.operations.export_runs import make_run
 
 LABELS = ("zero", "one", "two", "three", "four", "five", "six")
 
@@ -23,39 +19,21 @@ def write_random(
     modality: str,
     transform: Mapping[str, float | int] | None = None,
     *,
-    label_names: tuple[str, ...] = LABELS,
     graph: bool = False,
 ) -> Model:
-    """Write a small model of the modality; returns it."""
-    torch.manual_seed(0)
-    shape = make_modality(modality, transform or {}).shape
+    """Write a small model of the modality, and its graph if asked for; returns it."""
+    options = dict(transform or {})
     spec = ModelSpec(
         modality=modality,
-        transform=dict(transform or {}),
+        transform=options,
         encoder=None,
-        shape=shape,
+        shape=make_modality(modality, options).shape,
         width=8,
         depth=1,
         feature_dim=8,
-        label_names=label_names,
+        label_names=LABELS,
     )
-    model = spec.build().eval()
-    directory.mkdir(parents=True)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    encoder = {name for name in weights if name.startswith("encoder.")}
-    save_file({name: weights[name] for name in encoder}, directory / WEIGHTS)
-    save_file({name: weights[name] for name in weights.keys() - encoder}, directory / HEAD)
-    if graph:
-        example = torch.zeros(2, *shape, dtype=torch.int64 if modality == "text" else None)
-        name = "input_ids" if modality == "text" else "inputs"
-        write_graph(model, {name: example}, directory / GRAPH, {})
-    described = Description(
-        directory=directory,
-        spec=spec,
-        preprocessing={},
-        loads_with={},
-        provenance={},
-        files={file.name: file_digest(file) for file in directory.iterdir()},
-    )
-    (directory / DESCRIPTION).write_bytes(to_json(described.to_json()))
+    run = directory.with_name(f"run of {directory.name}")
+    model = make_run(run, spec=spec)
+    export(run, format="onnx" if graph else "safetensors", out=directory)
     return model

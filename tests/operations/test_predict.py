@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
-import subprocess
 import sys
 import wave
 from collections.abc import Iterator
@@ -23,7 +23,6 @@ from cmkd_scale.operations.exported import GRAPH
 from cmkd_scale.operations.predict import Prediction, Predictor, predict
 from cmkd_scale.operations.predict_files import Failure, Source
 from cmkd_scale.stages.streams import make_modality
-from tests.conftest import REPOSITORY
 from tests.operations.exports import LABELS, write_random
 
 SIZE = 16
@@ -94,7 +93,7 @@ def test_probabilities_are_the_models_in_the_order_of_the_files(
 def test_all_labels_are_given_where_there_are_fewer_than_asked_for(
     image: tuple[Path, Model], pictures: Path
 ) -> None:
-    (found,) = predict(image[0], [pictures / "a.PNG"], top_k=99)
+    (found,) = predict(image[0], pictures / "a.PNG", top_k=99)
     assert isinstance(found, Prediction)
     assert sorted(label for label, _ in found.top) == sorted(LABELS)
     assert sum(part for _, part in found.top) == pytest.approx(1)
@@ -267,25 +266,21 @@ def test_workers_give_the_same_in_the_same_order(image: tuple[Path, Model], pict
     assert sum(isinstance(row, Failure) for row in alone) == 2
 
 
+@pytest.mark.parametrize("form", ["--jsonl", "--json", "--top-k=3"])
 def test_a_reader_that_has_enough_ends_it_quietly(
-    image: tuple[Path, Model], pictures: Path
+    image: tuple[Path, Model],
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    form: str,
 ) -> None:
-    command = [sys.executable, "-m", "cmkd_scale", "predict", str(image[0]), "-", "--jsonl"]
-    with subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as program:
-        assert program.stdin is not None
-        assert program.stdout is not None
-        program.stdin.write(f"{pictures}/a0.png\n".encode() * 40)
-        program.stdin.flush()
-        assert json.loads(program.stdout.readline())["label"] in LABELS
-        program.stdout.close()
-        _, errors = program.communicate(f"{pictures}/a0.png\n".encode() * 40, timeout=60)
-    assert (program.returncode, errors) == (0, b"")
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run(image[0], pictures, form) == 0
+        stdout.flush()  # as the interpreter does at its end
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
