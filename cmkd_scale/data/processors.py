@@ -147,9 +147,13 @@ class _Sound(_Processed):
             begin = (len(samples) - most) // 2
             samples = samples[begin : begin + most]
         try:
-            return _extract(self.processor, samples)
+            with np.errstate(all="ignore"):  # the result is looked at instead
+                found = _extract(self.processor, samples)
         except ValueError as error:  # as of a sound that is shorter than one window
             raise DecodeError(f"its feature extractor refuses it ({error}).") from None
+        if not np.isfinite(found).all():
+            raise DecodeError("it is too loud for its feature extractor.")
+        return found
 
     @property
     def length_seconds(self) -> float:

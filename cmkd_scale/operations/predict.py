@@ -241,6 +241,7 @@ def _with_torch(described: Description, name: str | None) -> Scorer:
 
 
 def _with_onnx(described: Description, device: str | None) -> Scorer:
+    from cmkd_scale.operations.export_inputs import named_inputs
     from cmkd_scale.operations.export_onnx import Graph
 
     if device not in (None, "cpu"):
@@ -252,9 +253,9 @@ def _with_onnx(described: Description, device: str | None) -> Scorer:
         )
     described.check(*(file for file in described.files if file.startswith(GRAPH)))
     graph = Graph(described.directory / GRAPH)
-    (name,) = graph.inputs
 
     def score(inputs: Tensor) -> NDArray[Any]:
-        return graph({name: inputs.numpy()})[1]
+        named = named_inputs(graph.inputs, described.spec, inputs)
+        return graph({name: value.numpy() for name, value in named.items()})[1]
 
     return score
