@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from PIL import Image
 from cmkd_scale.operations.predict import Predictor
 from tests.conftest import REPOSITORY, kill_tree
 from tests.operations.exports import write_random
+from tools.serve import Server
 
 pytestmark = pytest.mark.multirank
 
@@ -111,6 +113,14 @@ def test_what_is_no_whole_file_is_refused(
     server: tuple[Any, int], words: bytes, status: int
 ) -> None:
     assert talk(server[1], words).split()[1] == str(status).encode()
+
+
+def test_one_too_many_is_told_to_come_again(export: Path) -> None:
+    with Server(("127.0.0.1", 0), Predictor(export), at_once=0) as full:
+        threading.Thread(target=full.serve_forever, daemon=True).start()
+        status, answer = ask(full.server_port, content=picture(0))
+        full.shutdown()
+    assert (status, json.loads(answer)) == (503, {"error": "busy, try again."})
 
 
 def test_health_metrics_and_a_clean_end(server: tuple[subprocess.Popen[str], int]) -> None:
