@@ -26,11 +26,13 @@ from torch.utils.data import Dataset
 
 from cmkd_scale.data.modalities import DecodeError, Modality
 from cmkd_scale.data.workers import answers
-from cmkd_scale.errors import EXIT_INTEGRITY, EXIT_USAGE, UsageError, did_you_mean
+from cmkd_scale.errors import EXIT_INTEGRITY, EXIT_USAGE, CmkdError, UsageError, did_you_mean
 from cmkd_scale.operations.exported import GRAPH, Description, load_exported, read_description
 from cmkd_scale.operations.predict_files import Failure, Source, find, read_file
 
 BACKENDS = ("torch", "onnx")
+
+_Decoded = list[tuple[Source, Tensor] | Failure]
 
 Scorer = Callable[[Tensor], NDArray[Any]]
 """Inputs [B, ...] of the modality to logits [B, C]."""
@@ -134,13 +136,20 @@ class Predictor:
         batch_size: int = 32,
         workers: int = 0,
     ) -> Iterator[Outcome]:
-        """Predict a batch at a time; arguments as of ``predict``."""
+        """Predict a batch at a time; arguments as of ``predict``.
+
+        Raises:
+            UsageError: an impossible argument, or a package that decodes is not installed.
+            CmkdError: a worker was killed.
+        """
         if min(top_k, batch_size) < 1:
             raise UsageError(f"top_k is {top_k}, batch_size {batch_size}: each must be 1 or more.")
         left = iter(sources)
         batches = iter(lambda: list(itertools.islice(left, batch_size)), [])
         reading = _Reading(self.modality)
         for decoded in answers(reading, batches, workers):
+            if isinstance(decoded, CmkdError):
+                raise decoded
             yield from self._predict(decoded, top_k)
 
     def decode(self, content: bytes) -> Tensor:
@@ -167,9 +176,7 @@ class Predictor:
             for finite, order, row in zip(finite_B, order_BK, probabilities_BC, strict=True)
         ]
 
-    def _predict(
-        self, decoded: Sequence[tuple[Source, Tensor] | Failure], top_k: int
-    ) -> Iterator[Outcome]:
+    def _predict(self, decoded: _Decoded, top_k: int) -> Iterator[Outcome]:
         """What was decoded of a batch, in its order."""
         inputs = [row[1] for row in decoded if not isinstance(row, Failure)]
         tops = iter(self.top(torch.stack(inputs), top_k) if inputs else ())
@@ -195,20 +202,21 @@ def decode(content: bytes, modality: Modality) -> Tensor:
     return modality.decode({frame if modality.wants(frame) else member: content})
 
 
-class _Reading(Dataset[list[tuple[Source, Tensor] | Failure]]):
+class _Reading(Dataset[_Decoded | CmkdError]):
     """Reads and decodes what it is asked for; may be sent to a worker."""
 
     def __init__(self, modality: Modality) -> None:
         self._modality = modality
 
-    def __getitem__(
-        self, request: Sequence[Source | Failure]
-    ) -> list[tuple[Source, Tensor] | Failure]:
-        """In the order of the request."""
-        with warnings.catch_warnings():
-            # A picture that Pillow warns of is refused, and said to be.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return [row if isinstance(row, Failure) else self._sample(row) for row in request]
+    def __getitem__(self, request: Sequence[Source | Failure]) -> _Decoded | CmkdError:
+        """In the order of the request; or the error that ends it, as the ``Decoder`` of shards."""
+        try:
+            with warnings.catch_warnings():
+                # A picture that Pillow warns of is refused, and said to be.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                return [row if isinstance(row, Failure) else self._sample(row) for row in request]
+        except CmkdError as error:
+            return error
 
     def _sample(self, source: Source) -> tuple[Source, Tensor] | Failure:
         if source.kind == "text":

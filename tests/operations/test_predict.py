@@ -232,6 +232,16 @@ def test_sounds_and_arrays_are_read(tmp_path: Path) -> None:
         assert found.probability == pytest.approx(float(logits.softmax(1).max()))
 
 
+def test_a_package_that_is_missing_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    write_random(tmp_path / "audio", "audio")
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    assert run(tmp_path / "audio", tmp_path / "a.wav", tmp_path / "a.wav") == 2
+    assert capsys.readouterr().err.count("Reading sound needs soundfile") == 1
+
+
 def test_scores_that_are_not_finite_are_no_prediction(tmp_path: Path, capsys: Any) -> None:
     write_random(tmp_path / "features", "features", {"dim": 8})
     np.save(tmp_path / "a.npy", np.arange(8.0))
