@@ -123,7 +123,8 @@ def _settled(config: Any, modality: str, where: str) -> dict[str, Any]:
             found[name] = 0.0
     if "apply_spec_augment" in found:
         found["apply_spec_augment"] = False
-    found.pop("transformers_version", None)
+    for name in ("transformers_version", "_name_or_path"):  # of another time, another machine
+        found.pop(name, None)
     reads = _reads(found, where)
     pictures = modality == "audio" and reads == "image"  # a spectrogram is one
     if reads != modality and not pictures:

@@ -202,7 +202,6 @@ def _as_exported(spec: ModelSpec) -> ModelSpec:
     merged = replace(
         backbone,
         tuning="full" if backbone.tuning == "lora" else backbone.tuning,
-        config={k: v for k, v in backbone.config.items() if k != "_name_or_path"},
         source=backbone.source if backbone.revision is not None else None,  # else a directory
     )
     return replace(spec, backbone=merged)
