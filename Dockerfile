@@ -25,13 +25,13 @@ FROM build AS build-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # Only torch from there: that index holds other versions of what torch needs.
 RUN pip install -c constraints.txt --no-deps --index-url "${TORCH_INDEX}" torch \
- && pip install -c constraints.txt --no-build-isolation '.[cpu,numbers,image,video,remote,report]'
+ && pip install -c constraints.txt --no-build-isolation '.[cpu,numbers,image,video,remote,report,lora,onnx]'
 COPY cmkd_scale cmkd_scale
 RUN pip install --no-build-isolation --no-deps --force-reinstall .
 
 FROM build AS build-cuda
 # DeepSpeed comes last: its setup imports torch.
-RUN pip install -c constraints.txt --no-build-isolation '.[gpu,numbers,image,video,remote,report]' \
+RUN pip install -c constraints.txt --no-build-isolation '.[gpu,numbers,image,video,remote,report,lora,onnx]' \
  && pip install -c constraints.txt --no-build-isolation '.[deepspeed]'
 COPY cmkd_scale cmkd_scale
 RUN pip install --no-build-isolation --no-deps --force-reinstall .
@@ -48,7 +48,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
-    CMKD_CACHE=/cache
+    CMKD_CACHE=/cache \
+    HF_HOME=/cache/huggingface
 COPY launchers /opt/cmkd/launchers
 WORKDIR /data
 USER 10001:10001

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -58,6 +58,9 @@ def _paths(config: Config) -> list[tuple[str, str]]:
         ("memory.previous", config.memory.previous),
         ("monitor.targets_dir", config.monitor.targets_dir),
     ]
+    backbone = config.model.backbone
+    if backbone is not None and PurePosixPath(backbone).is_absolute():  # else it may be a hub's id
+        found.append(("model.backbone", Path(backbone)))
     shards = [("data.shards", config.data.shards), ("teacher.shards", config.teacher.shards)]
     local = [(name, text) for name, text in shards if text and not _remote(text)]
     return [*((name, str(path)) for name, path in found if path is not None), *local]

@@ -87,6 +87,7 @@ def test_what_a_config_is_for_is_seen(tree: dict[str, Any], verb: str, tmp_path:
         ("data", {"shards": "/scratch/audio"}, "data.shards=/scratch/audio"),
         ("teacher", {"shards": "/scratch/image"}, "teacher.shards=/scratch/image"),
         ("teacher", {"cache": "/scratch/outputs"}, "teacher.cache=/scratch/outputs"),
+        ("model", {"backbone": "/models/dinov2"}, "model.backbone=/models/dinov2"),
         ("memory", {"run": ["/old/memory"]}, "memory.run=/old/memory"),
     ],
 )
