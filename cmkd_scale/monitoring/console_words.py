@@ -33,7 +33,9 @@ def sparkline(values: Collection[float]) -> str:
 
 
 def count(value: float) -> str:
-    """A whole number, as in ``1,024``."""
+    """A whole number, as in ``1,024``; a fraction below 10 with two digits, as in ``0.27``."""
+    if value % 1 and abs(value) < 10:
+        return f"{value:.2g}"
     return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cmkd_scale.monitoring.console_screen import Place, screen, summary
 from cmkd_scale.monitoring.console_state import RunState
-from cmkd_scale.monitoring.console_words import duration, escaped, sparkline
+from cmkd_scale.monitoring.console_words import count, duration, escaped, sparkline
 from cmkd_scale.monitoring.metrics import METRICS
 
 EVERYTHING = {
@@ -264,3 +264,9 @@ def test_durations(seconds: float, words: str) -> None:
 def test_what_is_escaped_is_one_line_that_moves_nothing(text: str, line: str) -> None:
     assert escaped(text) == line
     assert escaped(text).isprintable()
+
+
+def test_counts_below_ten_keep_two_digits() -> None:
+    assert [count(value) for value in (0.2677, 3.0, 9.97, 12.4, 1024.4)] == [
+        *("0.27", "3", "10", "12", "1,024"),
+    ]
