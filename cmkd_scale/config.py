@@ -48,6 +48,24 @@ _SHAPES_NO_RESULT: dict[str, Any] = {
 }
 """Keys that may change when a run is continued."""
 
+_ADDED: dict[str, set[str]] = {
+    "model": {
+        "backbone",
+        "revision",
+        "backbone_config",
+        "tuning",
+        "lora_rank",
+        "lora_alpha",
+        "lora_targets",
+        "pooling",
+        "attention",
+    },
+    "teacher": {"cache"},
+    "memory": {"mixed_precision"},
+}
+"""Keys that runs were begun without: at their defaults they have no part in the digest, so that
+a newer version continues those runs."""
+
 
 class Config(Section):
     """A whole run."""
@@ -64,6 +82,11 @@ class Config(Section):
     def digest(self) -> str:
         """SHA-256 of everything that shapes the result."""
         content = self.model_dump(mode="json", exclude=_SHAPES_NO_RESULT)
+        for section, names in _ADDED.items():
+            usual = Config.model_fields[section].default.model_dump(mode="json")
+            for name in names:
+                if content[section][name] == usual[name]:
+                    del content[section][name]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def require(self, *names: str) -> None:

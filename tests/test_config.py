@@ -76,6 +76,19 @@ def test_a_saved_config_loads_to_the_same_digest(tmp_path: Path) -> None:
     assert again.digest() == config.digest()
 
 
+def test_keys_that_came_later_leave_the_digests_of_earlier_runs_alone() -> None:
+    """The literal is the digest of all defaults by the version that had no backbones."""
+    earlier = "58b79ddbba4eeee11ecd7571a54ddd54bb999438d0ecfceb20b492efe989ee60"
+    assert make_config({}).digest() == earlier
+    for section, name, value in (
+        ("model", "backbone", "someone/tiny"),
+        ("model", "lora_targets", ["query"]),
+        ("teacher", "cache", "outputs"),
+        ("memory", "mixed_precision", "bf16"),
+    ):
+        assert make_config({section: {name: value}}).digest() != earlier
+
+
 def test_the_digest_ignores_what_shapes_no_result() -> None:
     config = make_config({"run": {"dir": "x"}})
     same = with_changes(config, {"run.dir": "y", "data.workers": 2, "train.keep_checkpoints": 9})

@@ -69,9 +69,10 @@ class ModelSpec:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; without a backbone, those of versions that had none."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "backbone": self.backbone and self.backbone.to_json()}
+        backbone = values.pop("backbone")
+        return values if backbone is None else {**values, "backbone": backbone.to_json()}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> ModelSpec:

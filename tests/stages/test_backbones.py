@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from cmkd_scale.config import Config, make_config
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.stages.build_memory import memory
-from cmkd_scale.stages.common import load_trained
+from cmkd_scale.stages.common import ModelSpec, load_trained, make_spec
 from cmkd_scale.stages.evaluate import evaluate
+from cmkd_scale.stages.streams import open_split
 from cmkd_scale.stages.student import student
 from cmkd_scale.stages.teacher import teacher
 from tests.conftest import Launch
@@ -153,6 +154,17 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(hub: Hub, tmp_path: Path) -> Non
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_model_without_backbone_is_described_as_before_there_were_any(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """What a checkpoint says of its model decides whether a run goes on from it."""
+    config = hub.config(tmp_path, "image")
+    spec = make_spec(config, open_split(config, "train"), 8)
+    names = "modality transform encoder shape width depth feature_dim label_names"
+    assert set(spec.to_json()) == set(names.split())
+    assert ModelSpec.from_json(spec.to_json()) == spec
 
 
 def test_options_that_do_not_go_together_are_refused(hub: Hub, tmp_path: Path) -> None:
