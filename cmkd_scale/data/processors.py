@@ -264,6 +264,16 @@ class ProcessedText(_Processed):
     extensions: ClassVar[tuple[str, ...]] = ("txt",)
     positive: ClassVar[frozenset[str]] = frozenset({"max_tokens"})
 
+    def __post_init__(self) -> None:
+        """Refuse impossible options with ``UsageError``."""
+        super().__post_init__()
+        special = self.processor.load().num_special_tokens_to_add()
+        if self.max_tokens <= special:
+            raise UsageError(
+                f"data.transform.max_tokens is {self.max_tokens}, and the tokenizer adds {special} "
+                "of its own to each text: nothing of the text would be left."
+            )
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(max_tokens,)."""
@@ -317,7 +327,7 @@ def _load(processor: Processor) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of mel bands that are narrow, as they were trained on
             return getattr(transformers, kinds[processor.modality]).from_pretrained(
-                processor.directory, local_files_only=True
+                processor.directory, local_files_only=True, trust_remote_code=False
             )
     except ImportError as error:
         if processor.modality == "image" and "orchvision" in str(error):
@@ -326,7 +336,7 @@ def _load(processor: Processor) -> Any:
             f"The processor in {processor.directory} needs a package that is not installed: "
             f"{' '.join(str(error).split())}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"The processor of {processor.modality} in {processor.directory} cannot be loaded: "
             f"{' '.join(str(error).split())}"

@@ -32,6 +32,10 @@ from cmkd_scale.models.pretrained import config_object, has_text_encoder, line_o
 from cmkd_scale.models.stock import Stock
 
 
+_DO_NOT_FIT = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+"""What models raise of samples, or options, that they cannot take."""
+
+
 class BackboneEncoder(nn.Module):
     """A backbone and its pooling: samples to ``(pooled [B, W], stages)``."""
 
@@ -205,11 +209,11 @@ def _with_adapters(backbone: Any, spec: BackboneSpec, unused: frozenset[str]) ->
 def _probe(spec_json: str, shape: tuple[int, ...]) -> tuple[int, frozenset[str]]:
     """Width of the pooled output, and the parameters that have no part in it."""
     spec = BackboneSpec.from_json(json.loads(spec_json))
-    with suppress(RuntimeError, ValueError):  # what looks at values cannot run without any
+    with suppress(*_DO_NOT_FIT):  # what looks at values cannot run without any
         return _pass_one(spec, shape, "meta")
     try:
         return _pass_one(spec, shape, "cpu")
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except _DO_NOT_FIT as error:
         family = spec.config["model_type"]
         raise UsageError(
             f"The backbone ({family}) cannot read samples of shape {list(shape)} with "
@@ -225,11 +229,29 @@ def _pass_one(
     # The next numbers drawn must not depend on whether the answer was known already.
     with torch.random.fork_rng(), torch.device(device), torch.enable_grad():
         encoder = BackboneEncoder(make_model(spec.config, spec.attention), trained).train()
-        kind = torch.int64 if len(shape) == 1 and spec.padding is not None else torch.float32
+        text = len(shape) == 1 and spec.padding is not None
+        if text:
+            _refuse_long_texts(encoder.backbone, shape[0])
+        kind = torch.int64 if text else torch.float32
         pooled, _ = encoder(torch.ones(1, *shape, dtype=kind))
         pooled.float().sum().backward()
     unused = (name for name, p in encoder.backbone.named_parameters() if p.grad is None)
     return pooled.shape[1], frozenset(unused)
+
+
+def _refuse_long_texts(backbone: nn.Module, length: int) -> None:
+    """Texts longer than a table of positions would fail when the first of them comes."""
+    for name, table in backbone.named_modules():
+        if isinstance(table, nn.Embedding) and "position" in name:
+            # Some families leave out the places up to that of padding, or the first ones.
+            skipped = getattr(table, "offset", 0)
+            skipped = skipped if table.padding_idx is None else table.padding_idx + 1
+            places = table.num_embeddings - skipped
+            if length > places:
+                raise UsageError(
+                    f"The backbone ({type(backbone).__name__}) knows {places} positions, and texts "
+                    f"have up to {length} tokens: set data.transform.max_tokens lower."
+                )
 
 
 def repeated_parts(model: nn.Module) -> list[nn.Module]:

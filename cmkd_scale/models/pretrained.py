@@ -35,7 +35,10 @@ def pretrained_config(directory: Path, modality: str, options: Mapping[str, Any]
     from transformers import AutoConfig
 
     with _explained(f"the configuration in {directory}"):
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        # Unless it is told not to, it asks on the terminal whether code there is to be run.
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
         config = getattr(config, _TOWERS.get(modality, ""), config)
     _refuse_unknown(config, options)
     for name, value in options.items():
@@ -79,7 +82,8 @@ def _input_sizes(shape: tuple[int, ...]) -> dict[str, Any]:
     if len(shape) == 1:  # bytes of a text
         return {
             "vocab_size": 257,
-            "max_position_embeddings": max(shape[0], 64),
+            # One more than places: some families count from behind the padding's.
+            "max_position_embeddings": max(shape[0] + 1, 64),
             **dict.fromkeys(_SPECIAL_TOKENS, 0),
         }
     if len(shape) < 3:
@@ -121,8 +125,10 @@ def _settled(config: Any, modality: str, where: str) -> dict[str, Any]:
     for name, value in found.items():
         if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
             found[name] = 0.0
-    if "apply_spec_augment" in found:
-        found["apply_spec_augment"] = False
+    # A cache of keys and values serves generation, and grows when blocks are recomputed.
+    for name in ("apply_spec_augment", "use_cache"):
+        if name in found:
+            found[name] = False
     for name in ("transformers_version", "_name_or_path"):  # of another time, another machine
         found.pop(name, None)
     reads = _reads(found, where)

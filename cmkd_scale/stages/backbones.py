@@ -80,6 +80,7 @@ def backbone_spec(config: Config, modality: str, reads: Modality) -> BackboneSpe
         )
     found = pretrained_config(files.directory, modality, model.backbone_config)
     processor = Processor(str(files.directory), modality)
+    _refuse_other_tokens(found, processor)
     return make_spec(
         found,
         pretrained=True,
@@ -163,6 +164,15 @@ def _files(model: ModelConfig) -> HubFiles | None:
 @functools.lru_cache(maxsize=16)
 def _found(backbone: str, revision: str | None) -> HubFiles:
     return find_files(backbone, revision)
+
+
+def _refuse_other_tokens(found: Mapping[str, Any], processor: Processor) -> None:
+    known = found.get("vocab_size")
+    if processor.modality == "text" and known is not None and len(processor.load()) > known:
+        raise UsageError(
+            f"The tokenizer in {processor.directory} has {len(processor.load())} tokens, and the "
+            f"backbone's vocab_size is {known}: the two do not belong together."
+        )
 
 
 def _refuse_encoder_options(model: ModelConfig) -> None:

@@ -214,6 +214,30 @@ def test_processors_that_do_not_serve_are_refused(tmp_path: Path) -> None:
         _ = Processor(str(tmp_path / "ragged"), "image").make({}).shape
 
 
+def test_processors_that_are_no_such_files_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code beside them is not run, even if somebody says yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
+    own = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "code.Own"}}
+    for content in ([1], own):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+        with pytest.raises(UsageError, match="cannot be loaded"):
+            Processor(str(tmp_path), "image").load()
+    assert not (tmp_path / "was run").exists()
+
+
+def test_a_text_needs_room_beside_the_special_tokens(
+    processors: Callable[[str], Processor],
+) -> None:
+    assert len(decoded(processors("bert"), max_tokens=3)) == 3
+    with pytest.raises(UsageError, match=r"max_tokens is 2, and the tokenizer adds 2"):
+        processors("bert").make({"max_tokens": 2})
+    with pytest.raises(UsageError, match="max_tokens is 0"):
+        processors("bert").make({"max_tokens": 0})
+
+
 def test_processors_of_old_releases_are_read(tmp_path: Path) -> None:
     """A side instead of a size, no type of its own, or that of a feature extractor."""
     common = {"do_normalize": True, "do_resize": True, "resample": 2, "size": 16}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -303,6 +304,54 @@ def test_samples_that_do_not_fit_are_refused(hub: Callable[[str], Path]) -> None
         build_backbone(spec_of(hub("convnext"), "convnext", pooling="cls"), (3, 16))
 
 
+def test_texts_longer_than_the_table_of_positions_are_refused() -> None:
+    """Before a text of that length comes; RoBERTa counts from behind the place of padding."""
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    for family, places in (("bert", 40), ("roberta", 38)):
+        options = {"model_type": family, "max_position_embeddings": 40, "pad_token_id": 1, **small}
+        config = random_config(options, "text", (16,))
+        spec = make_spec(config, pretrained=False, pooling="auto", padding=0)
+        build_backbone(spec, (places,))
+        with pytest.raises(UsageError, match=rf"knows {places} positions.*up to {places + 1} tok"):
+            build_backbone(spec, (places + 1,))
+
+
+def test_a_pooling_that_a_family_lacks_is_refused(hub: Callable[[str], Path]) -> None:
+    for name in ("modernbert", "hubert"):
+        with pytest.raises(UsageError, match="has no pooling of its own; choose cls or mean"):
+            encoder_of(hub(name), name, pooling="pooled")
+
+
+def test_code_beside_a_model_is_not_run_even_if_somebody_says_yes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "code.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
+    with pytest.raises(UsageError, match="transformers refuses the configuration"):
+        pretrained_config(tmp_path, "image", {})
+    assert not (tmp_path / "was run").exists()
+
+
+def test_recomputed_blocks_of_a_family_that_generates_see_no_cache() -> None:
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = random_config({"model_type": "llama", **small}, "text", (12,))
+    spec = make_spec(config, pretrained=False, pooling="auto", padding=0)
+    encoder = build_backbone(spec, (12,)).train()
+    model = Model(encoder, encoder_dim=16, feature_dim=4, classes=2)
+    inputs = torch.randint(1, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            model.checkpoint_activations()
+        model.zero_grad()
+        model(inputs).logits.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
 def test_adapters_want_linear_layers(hub: Callable[[str], Path]) -> None:
     with pytest.raises(UsageError, match="finds no layer to adapt in ResNetModel"):
         encoder_of(hub("resnet"), "resnet", tuning="lora")
@@ -375,8 +424,6 @@ def test_raw_sound_is_not_what_the_built_in_modality_gives() -> None:
 
 
 def test_a_spec_survives_json(hub: Callable[[str], Path]) -> None:
-    import json
-
     spec = spec_of(hub("siglip"), "siglip", tuning="lora", lora_targets=("q_proj", "v_proj"))
     assert BackboneSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 

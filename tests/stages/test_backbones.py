@@ -185,6 +185,13 @@ def test_options_that_do_not_go_together_are_refused(hub: Hub, tmp_path: Path) -
         "keeps a backbone's weights",
         model={"backbone_config": {"model_type": "vit"}, "tuning": "frozen"},
     )
+    other = shutil.copytree(hub.root / "modernbert", tmp_path / "other") / "config.json"
+    other.write_text(other.read_text().replace('"vocab_size": 64', '"vocab_size": 20'))
+    refused(
+        "has 62 tokens, and the backbone's vocab_size is 20",
+        "text",
+        model={"backbone": str(other.parent)},
+    )
     refused("nothing/here is no directory", model={"backbone": "nothing/here"})
 
 
