@@ -31,7 +31,6 @@ from cmkd_scale.models.normalisation import batch_norm_to_group_norm
 from cmkd_scale.models.pretrained import config_object, has_text_encoder, line_of, make_model
 from cmkd_scale.models.stock import Stock
 
-
 _DO_NOT_FIT = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 """What models raise of samples, or options, that they cannot take."""
 
