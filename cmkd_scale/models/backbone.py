@@ -86,6 +86,10 @@ class BackboneEncoder(nn.Module):
         arguments, mask = self._arguments(samples)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.spec.tuning != "frozen"):
             output = self.backbone(**arguments, output_hidden_states=self.keep_stages)
+        if self.spec.pooling == "pooled" and getattr(output, "pooler_output", None) is None:
+            raise UsageError(
+                "model.pooling=pooled: this backbone has no pooling of its own; choose cls or mean."
+            )
         pooled = pool(output, self.spec.pooling, mask)
         stages = tuple(output.hidden_states[1:]) if self.keep_stages else ()
         if several:

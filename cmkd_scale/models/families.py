@@ -7,8 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cmkd_scale.errors import UsageError
-
 Pooling = Literal["cls", "mean", "pooled"]
 
 MODALITY_OF_INPUT = {
@@ -63,16 +61,9 @@ def pool(output: Any, how: Pooling, mask: Tensor | None) -> Tensor:
         output: of a model of ``transformers``.
         how: to pool.
         mask: [B, L] of the input's positions that are not padding; None: all of them.
-
-    Raises:
-        UsageError: it has no pooling of its own.
     """
     if how == "pooled":
-        pooled: Tensor | None = getattr(output, "pooler_output", None)
-        if pooled is None:
-            raise UsageError(
-                "model.pooling=pooled: this backbone has no pooling of its own; choose cls or mean."
-            )
+        pooled: Tensor = output.pooler_output
         return pooled.flatten(1)
     hidden: Tensor = output.last_hidden_state
     if hidden.dim() == 4:  # [B, W, H, W']

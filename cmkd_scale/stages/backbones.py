@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cmkd_scale.config_sections import ModelConfig
 from cmkd_scale.data.modalities import Modality
 from cmkd_scale.data.processors import PAD_TOKEN, Processor, WaveformModality
 from cmkd_scale.errors import IntegrityError, UsageError
-from cmkd_scale.files import to_json, write_atomically
+from cmkd_scale.files import read_json, to_json, write_atomically
 from cmkd_scale.models.backbone_spec import BackboneSpec, make_spec
 from cmkd_scale.models.hub import HubFiles, find_files
 from cmkd_scale.models.pretrained import pretrained_config, random_config
@@ -101,33 +102,42 @@ def weights_directory(model: ModelConfig) -> Path | None:
     return None if files is None else files.directory
 
 
-def keep_files(config: Config, spec: BackboneSpec | None, modality: str, run: Path) -> None:
-    """Write ``backbone/`` of a run on rank 0; a collective call.
+def keep_files(
+    config: Config, spec: BackboneSpec | None, modality: str, run: Path
+) -> BackboneSpec | None:
+    """Write ``backbone/`` of a run on rank 0, if it is not there; a collective call.
+
+    Returns:
+        The spec with the configuration that the run was begun with: another version of
+        ``transformers`` may resolve it otherwise.
 
     Raises:
         UsageError: it cannot be written, or processes have found different files.
+        IntegrityError: what is there is damaged.
     """
     if spec is None:
-        return
+        return None
     about = f"{spec.weights_digest} {spec.processor_digest}"
     if not distributed.same_digest(hashlib.sha256(about.encode()).hexdigest()):
         raise UsageError(
             "The processes find different files of the backbone; give all machines the same "
             "revision (model.revision) or directory."
         )
-    files = _files(config.model)
+    files, directory = _files(config.model), run / DIRECTORY
+    kept = directory / "config.json"
 
     def write() -> None:
-        directory = run / DIRECTORY
         try:
             directory.mkdir(exist_ok=True)
-            write_atomically(directory / "config.json", to_json(spec.config))
             if files is not None:
                 copy_processor(Processor(str(files.directory), modality), directory)
+            if not kept.is_file():
+                write_atomically(kept, to_json(spec.config))
         except OSError as error:
             raise UsageError(f"{directory} cannot be written: {error}. Free space.") from None
 
     distributed.run_on_main(write)
+    return replace(spec, config=read_json(kept))
 
 
 def copy_processor(processor: Processor, directory: Path) -> None:

@@ -50,7 +50,8 @@ def train(config: Config, recipe: Recipe, *, console: bool) -> dict[str, Any]:
         check_labels(data, test)
         directory = open_run(config, recipe.stage)
         spec = make_spec(config, data, recipe.feature_dim)
-        keep_files(config, spec.backbone, spec.modality, directory)
+        kept = keep_files(config, spec.backbone, spec.modality, directory)
+        spec = replace(spec, backbone=kept)
         memories = taught_memories(config, recipe, spec)
         compare_streams(config, data, recipe.memories, directory, say=console)
         with watching(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from cmkd_scale.config import Config, make_config
 from cmkd_scale.errors import IntegrityError, UsageError
+from cmkd_scale.models.pretrained import pretrained_config
 from cmkd_scale.stages.build_memory import memory
 from cmkd_scale.stages.common import ModelSpec, load_trained, make_spec
 from cmkd_scale.stages.evaluate import evaluate
@@ -165,6 +166,26 @@ def test_a_model_without_backbone_is_described_as_before_there_were_any(
     names = "modality transform encoder shape width depth feature_dim label_names"
     assert set(spec.to_json()) == set(names.split())
     assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_run_goes_on_under_a_library_with_more_options(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = hub.config(tmp_path / "t", "image", model=hub.model("vit"))
+    teacher(config, console=False)
+    before = weights(tmp_path / "t")
+    for later in (tmp_path / "t" / "checkpoints").glob("step_*6"):
+        shutil.rmtree(later)
+    monkeypatch.setattr(
+        "cmkd_scale.stages.backbones.pretrained_config",
+        lambda *given: {**pretrained_config(*given), "newer": 1},
+    )
+    teacher(config, console=False)
+    after = weights(tmp_path / "t")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    spec = load_trained(tmp_path / "t", "teacher").spec.backbone
+    assert spec is not None
+    assert "newer" not in spec.config
 
 
 def test_options_that_do_not_go_together_are_refused(hub: Hub, tmp_path: Path) -> None:
