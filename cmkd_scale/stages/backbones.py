@@ -192,6 +192,6 @@ def _refuse_encoder_options(model: ModelConfig) -> None:
     given = [f"model.{name}" for name in _ENCODER_OPTIONS if getattr(model, name) != usual[name]]
     if given:
         raise UsageError(
-            f"{' and '.join(given)} belong to the small encoders, and the config has a backbone: "
-            "leave them out, or use model.backbone_config."
+            f"The config has a backbone, and options of the small encoders: leave out "
+            f"{' and '.join(given)}, or use model.backbone_config."
         )

@@ -20,6 +20,8 @@ from cmkd_scale.config import Config, make_config, save_config
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.files import read_json, to_json, write_atomically
 
+_FIRST = {"config.yaml", "env.json", "run_id", "labels.json", "backbone"}
+"""What is written before anything of a run is computed."""
 _locks: dict[Path, int] = {}
 """Open directories that this process writes into; locked until it ends."""
 
@@ -164,8 +166,11 @@ def _environment(stage: str) -> dict[str, Any]:
 
 
 def check_same_run(directory: Path, config: Config, stage: str) -> None:
-    """Refuse to continue a run under another stage or configuration."""
-    if not (directory / "config.yaml").exists():
+    """Refuse to continue a run under another stage or configuration.
+
+    A start that was refused before anything was computed is no run yet.
+    """
+    if not (directory / "config.yaml").exists() or not _has_begun(directory):
         return
     before = read_config(directory)
     stage_before = read_json(directory / "env.json").get("stage")
@@ -178,6 +183,12 @@ def check_same_run(directory: Path, config: Config, stage: str) -> None:
             f"{directory} holds a run with another configuration (different: {changed}), and "
             f"continuing it would mix two runs. {remedy}"
         )
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether there is a file of more than a start."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return any(path.relative_to(directory).parts[0] not in _FIRST for path in files)
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -194,7 +194,9 @@ def test_options_that_do_not_go_together_are_refused(hub: Hub, tmp_path: Path) -
         with pytest.raises(UsageError, match=match):
             teacher(hub.config(run, modality, **sections), console=False)
 
-    refused("belong to the small encoders", model=hub.model("vit", width=32))
+    refused(
+        "options of the small encoders: leave out model.width", model=hub.model("vit", width=32)
+    )
     refused("reads image, and the shards hold text", "text", model=hub.model("vit"))
     refused(
         "n_mels is not an option.*with its own",
@@ -260,3 +262,14 @@ def test_any_backend_trains_a_part_of_a_backbone(
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=0, atol=2e-3, msg=key)
+
+
+def test_a_start_that_was_refused_claims_no_directory(hub: Hub, tmp_path: Path) -> None:
+    def start(**model: Any) -> None:
+        teacher(hub.config(tmp_path, "image", model=hub.model("vit", **model)), console=False)
+
+    with pytest.raises(UsageError, match="no layer to adapt"):
+        start(tuning="lora", lora_targets=["none"])
+    start()  # another configuration
+    with pytest.raises(UsageError, match="holds a run with another configuration"):
+        start(pooling="mean")
