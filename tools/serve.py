@@ -5,9 +5,9 @@
 
 POST / takes the bytes of one file, and answers {label, probability, top}, or {error} with 400
 (not what the model reads), 408 (not whole in time), 411 or 413 (no or too large a length) or 503
-(busy). GET /healthz and
-GET /metrics are for who runs it. It has no TLS and asks nobody who they are: keep it on loopback
-or behind something that does. SIGTERM ends it when what was begun is answered.
+(busy). GET /healthz and GET /metrics are for who runs it. It has no TLS and asks nobody who they
+are: keep it on loopback or behind something that does. SIGTERM ends it when what was begun is
+answered.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from cmkd_scale.data.modalities import DecodeError
+from cmkd_scale.errors import CmkdError
 from cmkd_scale.operations.predict import Predictor
 from cmkd_scale.operations.predict_files import max_bytes
 
@@ -134,8 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", choices=("torch", "onnx"), default="torch")
     parser.add_argument("--device", metavar="D")
     options = parser.parse_args(arguments)
-    predictor = Predictor(options.directory, device=options.device, backend=options.backend)
-    with Server((options.host, options.port), predictor) as server:
+    try:
+        predictor = Predictor(options.directory, device=options.device, backend=options.backend)
+        server = Server((options.host, options.port), predictor)
+    except CmkdError as error:
+        parser.exit(error.exit_code, f"{error}\n")
+    except (OSError, OverflowError) as error:
+        parser.exit(2, f"{options.host}:{options.port} cannot be served ({error}).\n")
+    with server:
         for number in (signal.SIGTERM, signal.SIGINT):
             # From a thread, since shutdown waits for the loop that the signal has interrupted.
             signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())

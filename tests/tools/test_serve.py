@@ -24,7 +24,7 @@ from PIL import Image
 from cmkd_scale.operations.predict import Predictor
 from tests.conftest import REPOSITORY, kill_tree
 from tests.operations.exports import write_random
-from tools.serve import Server
+from tools.serve import Server, main
 
 pytestmark = pytest.mark.multirank
 
@@ -136,3 +136,16 @@ def test_health_metrics_and_a_clean_end(server: tuple[subprocess.Popen[str], int
     program.send_signal(signal.SIGTERM)
     _, errors = program.communicate(timeout=30)
     assert (program.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("directory", "port", "said"),
+    [("none", "0", "There is no directory none"), (None, "70000", "127.0.0.1:70000 cannot be")],
+)
+def test_what_cannot_be_served_is_said_in_a_line(
+    export: Path, directory: str | None, port: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([directory or str(export), "--port", port])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(said)
