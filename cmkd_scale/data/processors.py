@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,6 +160,10 @@ class _Sound(_Processed):
     def length_seconds(self) -> float:
         """Of what is read of a clip; 0: all."""
         return self.seconds
+
+    def identity(self) -> dict[str, Any]:
+        """See ``Modality``."""
+        return {**super().identity(), "seconds": self.length_seconds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,15 +339,19 @@ def _load(processor: Processor) -> Any:
             return _without_torchvision(processor)
         raise UsageError(
             f"The processor in {processor.directory} needs a package that is not installed: "
-            f"{' '.join(str(error).split())}"
+            f"{_short(error)}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"The processor of {processor.modality} in {processor.directory} cannot be loaded: "
-            f"{' '.join(str(error).split())}"
+            f"The processor of {processor.modality} in {processor.directory} cannot be loaded "
+            f"({_short(error)}). Copy or download its files again."
         ) from None
     finally:
         log.set_verbosity(before)
+
+
+def _short(error: Exception) -> str:
+    return textwrap.shorten(str(error), 300, placeholder="...")
 
 
 def _without_torchvision(processor: Processor) -> Any:

@@ -154,7 +154,10 @@ def build_backbone(
     try:
         backbone = make_model(spec.config, spec.attention, directory)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UsageError(f"The weights in {directory} cannot be loaded: {line_of(error)}") from None
+        raise UsageError(
+            f"The weights in {directory} cannot be loaded ({line_of(error)}). Copy or download "
+            "them again."
+        ) from None
     if directory is not None:
         _refuse_missing(backbone.missing_weights - unused, directory)
     encoder = BackboneEncoder(backbone, spec)
@@ -168,11 +171,11 @@ def build_backbone(
 
 def _refuse_missing(missing: frozenset[str], directory: Path) -> None:
     if missing:
-        some = ", ".join(sorted(missing)[:3])
+        some = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
         raise UsageError(
-            f"The weights in {directory} lack {len(missing)} of the backbone's ({some}"
-            f"{', ...' if len(missing) > 3 else ''}), which would stay random. Check that its "
-            "config.json is that of its weights, and model.backbone_config."
+            f"The weights in {directory} lack {len(missing)} of the backbone's, or have them in "
+            f"other shapes ({some}): they would be random. Check "
+            "that its config.json is that of its weights, and model.backbone_config."
         )
 
 
@@ -197,9 +200,9 @@ def _with_adapters(backbone: Any, spec: BackboneSpec, unused: frozenset[str]) ->
             adapted = get_peft_model(backbone, config)
     except ValueError as error:
         raise UsageError(
-            f"model.tuning=lora finds no layer to adapt in {type(backbone).__name__}: "
-            f"{line_of(error)} Name linear layers with model.lora_targets, or set model.tuning to "
-            "full or frozen."
+            f"model.tuning=lora finds no layer to adapt in {type(backbone).__name__} "
+            f"({line_of(error)}). Name linear layers with model.lora_targets, or set model.tuning "
+            "to full or frozen."
         ) from None
     modules = {name.rpartition(".")[0] for name in unused}
     for name, module in adapted.get_base_model().named_modules():
@@ -220,7 +223,7 @@ def _probe(spec_json: str, shape: tuple[int, ...]) -> tuple[int, frozenset[str]]
         family = spec.config["model_type"]
         raise UsageError(
             f"The backbone ({family}) cannot read samples of shape {list(shape)} with "
-            f"model.pooling={spec.pooling}: {line_of(error)} Set sizes with data.transform or "
+            f"model.pooling={spec.pooling} ({line_of(error)}). Set sizes with data.transform or "
             "model.backbone_config so that they fit."
         ) from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -75,7 +76,7 @@ def find_files(backbone: str, revision: str | None) -> HubFiles:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UsageError(
             f"model.backbone={backbone} is no directory here, and the hub does not give it "
-            f"({_first_sentence(error)}). Download it where there is a network (`hf download "
+            f"({_reason(error)}). Download it where there is a network (`hf download "
             f"{backbone}`) and set HF_HOME to its cache, or give its directory."
         ) from None
     return HubFiles(found, found.name)
@@ -87,5 +88,9 @@ def _digest(file: Path, modified: int) -> str:
     return file_digest(file)
 
 
-def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not in the cache, and the hub is not reached"
+    return textwrap.shorten(str(error), 200, placeholder="...")

@@ -5,6 +5,7 @@ With ``encoders.py`` and ``backbone.py`` the door of ``transformers``' models.
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -62,11 +63,17 @@ def random_config(
     """
     from transformers import CONFIG_MAPPING
 
-    family = str(options.get("model_type", ""))
-    if family not in CONFIG_MAPPING:
+    if "model_type" not in options:
         raise UsageError(
-            f"model.backbone_config.model_type '{family}' is no family of transformers; "
-            f"{did_you_mean(family, CONFIG_MAPPING.keys())}"
+            "model.backbone_config has no model_type, and there is no model.backbone: give either, "
+            "as in model.backbone_config.model_type=vit."
+        )
+    family = str(options["model_type"])
+    if family not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(family, CONFIG_MAPPING.keys(), n=3)
+        raise UsageError(
+            f"model.backbone_config.model_type '{family}' is no family of transformers"
+            f"{'; near it: ' + ', '.join(near) if near else ''}."
         )
     kind = CONFIG_MAPPING[family]
     usual = kind()
@@ -178,9 +185,11 @@ def make_model(config: Mapping[str, Any], attention: str, directory: Path | None
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they count as missing
                 **options,
             )
-        model.missing_weights = frozenset(about["missing_keys"])
+        misfits = [name for name, *_ in about["mismatched_keys"]]
+        model.missing_weights = frozenset([*about["missing_keys"], *misfits])
     if made.is_encoder_decoder and kind is AutoModel:
         encoder = model.get_encoder()
         lacking = getattr(model, "missing_weights", ())

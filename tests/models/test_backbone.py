@@ -276,8 +276,10 @@ def test_a_backbone_of_another_modality_is_refused(hub: Callable[[str], Path]) -
 def test_unknown_options_name_the_nearest(hub: Callable[[str], Path]) -> None:
     with pytest.raises(UsageError, match=r"num_hiden_layers is no option.*num_hidden_layers"):
         pretrained_config(hub("vit"), "image", {"num_hiden_layers": 1})
-    with pytest.raises(UsageError, match=r"'dinov22' is no family.*dinov2"):
+    with pytest.raises(UsageError, match=r"'dinov22' is no family.*near it: dinov2"):
         random_config({"model_type": "dinov22"}, "image", (3, 32, 32))
+    with pytest.raises(UsageError, match="has no model_type"):
+        random_config({"hidden_size": 16}, "image", (3, 32, 32))
 
 
 def test_weights_that_are_not_there_are_refused(hub: Callable[[str], Path], tmp_path: Path) -> None:
@@ -290,6 +292,10 @@ def test_weights_that_are_not_there_are_refused(hub: Callable[[str], Path], tmp_
     del weights[lost]
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="lack 1 of the backbone's"):
+        encoder_of(directory, "vit")
+    weights[lost] = torch.zeros(3)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="lack 1 .*in other shapes .*bias"):
         encoder_of(directory, "vit")
     (directory / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UsageError, match="cannot be loaded"):
