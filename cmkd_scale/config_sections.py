@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
 
 
 class Section(BaseModel):
@@ -122,6 +122,14 @@ class TeacherConfig(Section):
     """A directory of one teacher's outputs, each split in one of its own. ``cmkd memory`` reads
     what is there and writes what is not; a student whose method reads a frozen teacher sample by
     sample reads them in its place (of samples that are not augmented)."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _local(cls, cache: object) -> object:
+        """Of a URL, ``Path`` would make a directory without a word."""
+        if "://" in str(cache):
+            raise ValueError("must be a directory, not a URL")
+        return cache
 
 
 class MemoryConfig(Section):

@@ -242,6 +242,12 @@ WRONG: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
         2,
         "train.steps",
     ),
+    "cache at a URL": (
+        nothing,
+        ["memory", "--config", "{root}/memory.yaml", "teacher.cache=s3://bucket/cache"],
+        2,
+        "teacher.cache: value error, must be a directory, not a URL",
+    ),
     "run of another stage": (another_run, STUDENT, 2, "cmkd teacher"),
     "run not writable": (nothing, [*STUDENT, "run.dir=/dev/null/x"], 2, "cannot be written"),
     "teacher absent": (

@@ -34,7 +34,7 @@ from cmkd_scale.stages.streams import SplitData, manifest_of
 
 SHARD_BATCHES = 16
 _SHARD_BYTES = 64 * 2**20
-_SHOWN = 60  # characters of a part that differs
+_SHOWN = 40  # characters of a part that differs
 _REMEDY = "Set teacher.cache to another directory, or remove that one to have it written again."
 _FIXED = ("teacher", "transform", "data", "labels", "batch_size", "mixed_precision")
 _DIFFERS = {
