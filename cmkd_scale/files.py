@@ -27,8 +27,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str | None = None) -> dict[str, Any]:
     """Read what ``to_json`` made.
+
+    Args:
+        path: of the file.
+        remedy: a sentence for the message; None: to build again what it is of.
 
     Raises:
         IntegrityError: the file holds anything but a JSON object.
@@ -38,7 +42,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise IntegrityError(f"{path} is damaged: delete {path.parent} and build again.")
+        remedy = remedy or f"Delete {path.parent} and build again."
+        raise IntegrityError(f"{path} is damaged. {remedy}")
     return value
 
 

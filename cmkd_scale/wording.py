@@ -124,10 +124,10 @@ def export_lines(result: dict[str, Any]) -> str:
     opens = "AutoModel opens the encoder" if result["automodel"] else "no AutoModel, see its card"
     worst = max(result["difference"].values())
     lines = [
-        f"{result['directory']}: {result['method']} after {result['steps']} steps, "
-        f"{result['parameters'] / 1e6:.2f} M parameters, {len(result['files'])} files, "
-        f"{size / 1e6:.1f} MB; {opens}",
-        f"read back, it differs from the trained model by {worst:.1g} at most",
+        f"exported to {result['directory']}",
+        f"{result['method']} after {result['steps']} steps; {result['parameters']:,} parameters; "
+        f"{len(result['files'])} files, {size / 1e6:.1f} MB",
+        f"{opens}; read back, it differs by {worst:.1g} at most",
         f"use it: cmkd predict {result['directory']} FILE...",
     ]
     if result["pushed"] is not None:

@@ -54,12 +54,12 @@ def usual_pooling(model_type: str) -> Pooling:
     return "cls" if model_type in _FIRST_TOKEN else "mean"
 
 
-def pool(output: Any, how: Pooling, mask: Tensor | None) -> Tensor:
+def pool(output: Any, how: str, mask: Tensor | None) -> Tensor:
     """[B, W] of a backbone's output.
 
     Args:
         output: of a model of ``transformers``.
-        how: to pool.
+        how: a ``Pooling``.
         mask: [B, L] of the input's positions that are not padding; None: all of them.
     """
     if how == "pooled":

@@ -111,6 +111,8 @@ def _check_run(run: Path) -> None:
         raise UsageError(f"There is no run directory {run}.")
     if (run / DESCRIPTION).is_file() and not is_run(run):
         raise UsageError(f"{run} is an export already; name the run that it was made of.")
+    if not is_run(run):
+        raise UsageError(f"{run} is no run: name a directory that a stage has written.")
     stage = read_object(run / "env.json").get("stage")
     if stage == "memory":
         raise UsageError(

@@ -106,7 +106,8 @@ def _use(described: Description, snippets: Sequence[str]) -> str:
     )
     return (
         f"## Use\n\n{opens} With cmkd_scale: `cmkd predict DIRECTORY FILE...`.\n\n{programs}\n"
-        f"Files become inputs as `preprocessing` in `{DESCRIPTION}` says.{made}\n\n"
+        f"Files become inputs as `preprocessing` in `{DESCRIPTION}` says (shifts, noise and "
+        f"masks are of training alone).{made}\n\n"
         f"```json\n{_json(described.preprocessing)}\n```\n"
     )
 
@@ -118,7 +119,7 @@ def _data(described: Description) -> str:
         ("manifest", _known(data["name"])),
         ("digest of the manifest", _known(data["manifest"])),
         ("samples of the training split", _known(data["samples"])),
-        ("of a class", _range(data.get("samples_per_class"))),
+        ("samples of each class", _range(data.get("samples_per_class"))),
         ("classes", _known(len(described.spec.label_names))),
     ]
     if data.get("n_per_class") is not None:
@@ -141,7 +142,8 @@ def _training(facts: Mapping[str, Any]) -> str:
         which = "teacher" if len(facts["teachers"]) == 1 else f"teacher {number}"
         rows += [
             (f"modality of the {which}", _known(teacher["modality"])),
-            (f"its shards, digest {teacher['manifest']}", _known(teacher["shards"])),
+            ("its shards", _known(teacher["shards"])),
+            ("digest of their manifest", _known(teacher["manifest"])),
         ]
     rows += [
         (f"the guard's trust in teacher {number}", f"{verdict['trust']:.3f} of 1")
@@ -167,7 +169,7 @@ def _results(facts: Mapping[str, Any]) -> str:
     ]
     heading = ("", *(f"{name}, seed {seed}" for name, seed, _ in columns))
     rows = [
-        (title, *(_number(values.get(key)) for _, _, values in columns))
+        (title, *(_number(values.get(key), "-") for _, _, values in columns))
         for key, title in _METRICS.items()
         if key in metrics
     ]
@@ -188,7 +190,7 @@ def _bound(facts: Mapping[str, Any]) -> str:
     ]
     rows.append(
         (
-            "what U3 bounds the transfer by",
+            "at most lost in transfer (U3)",
             *(_interval(entry.get("bounds", {}).get("U3")) for entry in facts["bound"]),
         )
     )
@@ -223,7 +225,7 @@ def _licences(described: Description, license_id: str | None) -> str:
 def _limits() -> str:
     lines = [
         "It knows the classes above and no others: every input gets one of them.",
-        "What it gives are scores of a softmax, which nobody has calibrated.",
+        "Its probabilities are those of a softmax, which nobody has calibrated.",
         "It has been tested on the split above alone, if at all; on other recordings, persons or "
         "languages it may do worse.",
     ]
@@ -247,7 +249,9 @@ def _line(text: object) -> str:
 
 
 def _known(value: object) -> str:
-    return "unknown" if value is None else _code(value)
+    if value is None:
+        return "unknown"
+    return str(value) if isinstance(value, int) else _code(value)
 
 
 def _range(ends: Sequence[int] | None) -> str:
@@ -257,9 +261,9 @@ def _range(ends: Sequence[int] | None) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _number(value: object) -> str:
+def _number(value: object, missing: str = "unknown") -> str:
     if value is None:
-        return "unknown"
+        return missing
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

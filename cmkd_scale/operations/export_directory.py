@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def written_whole(out: Path) -> Iterator[Path]:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     for path in out.parent.iterdir():
-        if path.name.startswith(f".{out.name}.") and path.suffix == ".tmp":
+        if re.fullmatch(rf"\.{re.escape(out.name)}\.\d+\.tmp", path.name):
             shutil.rmtree(path)  # of a writer that was killed
     if old.exists():
         shutil.rmtree(old) if out.exists() else old.rename(out)

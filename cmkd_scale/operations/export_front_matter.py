@@ -23,8 +23,6 @@ def front_matter(described: Description, license_id: str | None) -> str:
         license_id: of the weights.
     """
     task = _TASKS.get(described.spec.modality)
-    facts = described.provenance
-    dataset = facts["data"]["dataset"]
     graph = GRAPH in described.files
     tags = ["cross-modal-knowledge-distillation", *(["onnx"] if graph else [])]
     values: dict[str, Any] = {
@@ -33,7 +31,6 @@ def front_matter(described: Description, license_id: str | None) -> str:
         "pipeline_tag": task,
         "tags": tags,
         "base_model": base_model(described),
-        "datasets": None if dataset is None else [dataset],
         "model-index": _model_index(described, task),
     }
     known = {key: value for key, value in values.items() if value is not None}

@@ -109,7 +109,8 @@ def torch_snippet(described: Description, model: Model) -> str:
     return "\n".join(
         [
             "from __future__ import annotations\n",
-            "import json\n",
+            "import json",
+            "from typing import Any\n" if "Any" in opened else "",
             "import torch",
             "from safetensors.torch import load_file",
             "from torch import Tensor, nn",

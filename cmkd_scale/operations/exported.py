@@ -161,7 +161,7 @@ def read_description(directory: Path) -> Description:
     file = directory / DESCRIPTION
     if not file.is_file():
         raise UsageError(_no_export(directory))
-    value = read_json(file)
+    value = read_json(file, _REMEDY)
     version = value.get("format_version")
     if version != FORMAT_VERSION:
         raise IntegrityError(

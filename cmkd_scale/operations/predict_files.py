@@ -107,7 +107,7 @@ def _check_kind(name: str, modality: Modality) -> None:
     for other, kind in MODALITIES.items():
         if extension in kind.extensions and extension not in modality.extensions:
             raise UsageError(
-                f"it is {other} by its name; this model reads {_wanted(modality)} files."
+                f"its name is one of {other}; this model reads {_wanted(modality)} files."
             )
 
 

@@ -263,8 +263,8 @@ def behind_a_file(path: Path) -> None:
         ("sparse.png", sparse, "at most 256 MiB"),
         ("taken/inside.png", behind_a_file, "Not a directory"),
         (f"{'long' * 100}.png", gone, "File name too long"),
-        ("sound.wav", gone, "audio by its name; this model reads png, jpg, jpeg or webp files"),
-        ("text.TXT", gone, "text by its name"),
+        ("sound.wav", gone, "one of audio; this model reads png, jpg, jpeg or webp files"),
+        ("text.TXT", gone, "its name is one of text"),
     ],
 )
 def test_what_cannot_be_read_is_another_exit_code(
