@@ -196,9 +196,9 @@ def export_itself(run: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "no directory": (lambda run: None, {}, "There is no run directory"),
-    "no run": (lambda run: run.mkdir(), {}, "holds no trained model"),
+    "no run": (lambda run: run.mkdir(), {}, "is no run: name"),
     "a memory": (run_of_a_memory, {}, "a run of `cmkd memory`"),
-    "no checkpoint": (without_checkpoints, {}, "holds no trained model"),
+    "no checkpoint": (without_checkpoints, {}, "is no run: name"),
     "unfinished": (lambda run: make_run(run, step=3), {}, "of step 3 of 5"),
     "not a number": (with_a_weight(float("nan")), {}, r"not finite \(head.bias\)"),
     "infinite": (with_a_weight(float("inf")), {}, r"not finite \(head.bias\)"),
