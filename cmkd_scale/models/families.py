@@ -59,7 +59,7 @@ def pool(output: Any, how: str, mask: Tensor | None) -> Tensor:
 
     Args:
         output: of a model of ``transformers``.
-        how: a ``Pooling``.
+        how: ``cls``, ``mean`` or ``pooled``.
         mask: [B, L] of the input's positions that are not padding; None: all of them.
     """
     if how == "pooled":

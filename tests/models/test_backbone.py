@@ -295,7 +295,7 @@ def test_weights_that_are_not_there_are_refused(hub: Callable[[str], Path], tmp_
         encoder_of(directory, "vit")
     weights[lost] = torch.zeros(3)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match="lack 1 .*in other shapes .*bias"):
+    with pytest.raises(UsageError, match=r"lack 1 .*in other shapes .*bias"):
         encoder_of(directory, "vit")
     (directory / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UsageError, match="cannot be loaded"):

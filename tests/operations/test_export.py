@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "no directory": (lambda run: None, {}, "There is no run directory"),
     "no run": (lambda run: run.mkdir(), {}, "is no run: name"),
     "a memory": (run_of_a_memory, {}, "a run of `cmkd memory`"),
-    "no checkpoint": (without_checkpoints, {}, "is no run: name"),
+    "no checkpoint": (without_checkpoints, {}, "holds no trained model"),
     "unfinished": (lambda run: make_run(run, step=3), {}, "of step 3 of 5"),
     "not a number": (with_a_weight(float("nan")), {}, r"not finite \(head.bias\)"),
     "infinite": (with_a_weight(float("inf")), {}, r"not finite \(head.bias\)"),
@@ -340,7 +340,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (result["directory"], result["automodel"], result["steps"]) == (out, True, STEPS)
     assert (tmp_path / "out" / "README.md").read_text().startswith("---\nlicense: mit\n")
     assert main(["export", run, "--out", out]) == 0
-    assert f"{out}: ce_ls after {STEPS} steps" in capsys.readouterr().out
+    assert f"exported to {out}\nce_ls after {STEPS} steps;" in capsys.readouterr().out
     assert main(["export", out]) == 2
     assert main(["export", str(tmp_path / "nothing")]) == 2
     (tmp_path / "run/checkpoints/step_00000005/state.json").write_text("{}")
