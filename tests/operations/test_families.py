@@ -106,6 +106,7 @@ def test_a_family_teaches_learns_is_exported_and_predicts(
     results = student(make_config(learned), console=False)
     assert 0 <= results["metrics"]["test/accuracy"] <= 1
     run, out = stories.root / f"student-{name}", tmp_path / "out"
+    capsys.readouterr()  # training in this process may have said something
     assert cli.main(["export", str(run), "--format", "onnx", "--out", str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["automodel"]
