@@ -17,7 +17,8 @@ from cmkd_scale import distributed
 from cmkd_scale.config import Config
 from cmkd_scale.config_sections import ModelConfig
 from cmkd_scale.data.modalities import Modality
-from cmkd_scale.data.processors import PAD_TOKEN, Processor, WaveformModality
+from cmkd_scale.data.processed import PAD_TOKEN, WaveformModality
+from cmkd_scale.data.processors import Processor
 from cmkd_scale.errors import IntegrityError, UsageError
 from cmkd_scale.files import read_json, to_json, write_atomically
 from cmkd_scale.models.backbone_spec import BackboneSpec, make_spec

@@ -23,6 +23,7 @@ from cmkd_scale.data.locate import open_manifest
 from cmkd_scale.data.manifest import Manifest
 from cmkd_scale.data.modalities import MODALITIES, Modality
 from cmkd_scale.data.order import Draw, Order
+from cmkd_scale.data.processed import kind_of, processed
 from cmkd_scale.data.processors import Processor
 from cmkd_scale.data.sampling import choose, draw_from
 from cmkd_scale.data.shards import lost_shards
@@ -136,7 +137,7 @@ def make_modality(
     """
     if name not in MODALITIES:
         raise UsageError(f"Modality '{name}' is unknown; {did_you_mean(name, MODALITIES)}")
-    kind = MODALITIES[name] if processor is None else processor.kind()
+    kind = MODALITIES[name] if processor is None else kind_of(processor)
     usual = {field.name: field.default for field in fields(kind) if field.name != "processor"}
     for option, value in transform.items():
         if option not in usual:
@@ -147,7 +148,7 @@ def make_modality(
             )
         if isinstance(usual[option], int) and not isinstance(value, int):
             raise UsageError(f"data.transform.{option} is {value}; it must be a whole number.")
-    return kind(**transform) if processor is None else processor.make(transform)
+    return kind(**transform) if processor is None else processed(processor, transform)
 
 
 def make_train_loader(config: Config, data: SplitData, directory: Path) -> TrainLoader:

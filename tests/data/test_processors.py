@@ -17,13 +17,15 @@ from PIL import Image
 
 from cmkd_scale.data.audio import wav_bytes
 from cmkd_scale.data.modality_base import DecodeError, Modality
-from cmkd_scale.data.processors import (
+from cmkd_scale.data.processed import (
     PAD_TOKEN,
     ProcessedText,
-    Processor,
     SpectrogramModality,
     WaveformModality,
+    kind_of,
+    processed,
 )
+from cmkd_scale.data.processors import Processor
 from cmkd_scale.errors import UsageError
 from tests.data.senses import RATE, picture, sound, text
 from tests.models.backbones import FAMILIES
@@ -47,7 +49,7 @@ def processors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Proc
 
 def decoded(processor: Processor, number: int = 0, **options: Any) -> torch.Tensor:
     extension, make = CONTENT[processor.modality]
-    return processor.make(options).decode({extension: make(number % 3, number)})
+    return processed(processor, options).decode({extension: make(number % 3, number)})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -55,7 +57,7 @@ def test_a_sample_is_what_the_processor_makes_of_it(
     name: str, processors: Callable[[str], Processor]
 ) -> None:
     processor = processors(name)
-    found, modality = decoded(processor), processor.make({})
+    found, modality = decoded(processor), processed(processor, {})
     assert tuple(found.shape) == modality.shape
     assert found.dtype == (torch.int64 if processor.modality == "text" else torch.float32)
     if processor.modality == "image":
@@ -85,7 +87,7 @@ def test_augmentation_keeps_shape_and_follows_its_generator(
 ) -> None:
     processor = processors(name)
     options = {"drop": 0.3} if processor.modality == "text" else {}
-    modality, sample = processor.make(options), decoded(processor)
+    modality, sample = processed(processor, options), decoded(processor)
     before = sample.clone()
     variants = [modality.augment(sample, np.random.default_rng(n)) for n in (1, 1, 2, 3, 4, 5)]
     assert torch.equal(variants[0], variants[1])
@@ -122,7 +124,7 @@ def test_what_is_behind_a_waveform_stays_silent(seed: int, length: int) -> None:
 
 def test_special_tokens_outlive_augmentation(processors: Callable[[str], Processor]) -> None:
     processor = processors("bert")
-    modality = processor.make({"drop": 0.9, "substitute": 0.5})
+    modality = processed(processor, {"drop": 0.9, "substitute": 0.5})
     assert isinstance(modality, ProcessedText)
     sample = decoded(processor)
     tokenizer = processor.load()
@@ -136,15 +138,17 @@ def test_special_tokens_outlive_augmentation(processors: Callable[[str], Process
 
 
 def test_long_texts_and_sounds_are_cut(processors: Callable[[str], Processor]) -> None:
-    tokens = processors("bert").make({"max_tokens": 6}).decode({"txt": b"red green " * 40})
+    tokens = processed(processors("bert"), {"max_tokens": 6}).decode({"txt": b"red green " * 40})
     assert tokens.shape == (6,)
     assert tokens[-1] == processors("bert").load().sep_token_id
     noise = (np.random.default_rng(0).standard_normal(3 * RATE) / 10).astype(np.float32)
-    waves = processors("wav2vec2").make({"seconds": 0.5})
+    waves = processed(processors("wav2vec2"), {"seconds": 0.5})
     found = waves.decode({"wav": wav_bytes(noise, RATE)})
     assert found.shape == (RATE // 2,)
     assert found.count_nonzero() > 7900
-    whole = processors("wav2vec2").make({"seconds": 3.0}).decode({"wav": wav_bytes(noise, RATE)})
+    whole = processed(processors("wav2vec2"), {"seconds": 3.0}).decode(
+        {"wav": wav_bytes(noise, RATE)}
+    )
     middle = whole[RATE + RATE // 4 : 2 * RATE - RATE // 4]
     assert np.corrcoef(found.numpy(), middle.numpy())[0, 1] > 0.999
 
@@ -152,13 +156,13 @@ def test_long_texts_and_sounds_are_cut(processors: Callable[[str], Processor]) -
 def test_sounds_of_other_rates_are_resampled(processors: Callable[[str], Processor]) -> None:
     time = np.arange(8000) / 8000
     slow = wav_bytes(np.sin(2 * np.pi * 440 * time).astype(np.float32), 8000)
-    found = processors("wav2vec2").make({}).decode({"wav": slow})[:RATE].numpy()
+    found = processed(processors("wav2vec2"), {}).decode({"wav": slow})[:RATE].numpy()
     assert np.argmax(np.abs(np.fft.rfft(found))) == 440  # one second: a bin is 1 Hz
 
 
 def test_a_modality_travels_between_processes(processors: Callable[[str], Processor]) -> None:
     for name in ("vit", "ast", "bert"):
-        modality: Modality = processors(name).make({})
+        modality: Modality = processed(processors(name), {})
         again = ForkingPickler.loads(ForkingPickler.dumps(modality))
         assert again == modality
         extension, make = CONTENT[processors(name).modality]
@@ -168,24 +172,24 @@ def test_a_modality_travels_between_processes(processors: Callable[[str], Proces
 
 def test_damage_is_damage(processors: Callable[[str], Processor]) -> None:
     for name, extension in (("vit", "png"), ("ast", "wav"), ("wav2vec2", "wav"), ("bert", "txt")):
-        modality = processors(name).make({})
+        modality = processed(processors(name), {})
         for content in (b"", b"\xff\xfe\x00", b"   "):
             with pytest.raises(DecodeError):
                 modality.decode({extension: content})
 
 
 def test_kinds_of_sound(processors: Callable[[str], Processor]) -> None:
-    assert processors("wav2vec2").kind() is WaveformModality
-    assert processors("ast").kind() is SpectrogramModality
-    assert processors("ast").make({}).shape == (32, 16)
-    assert processors("whisper").make({}).shape == (16, 100)
+    assert kind_of(processors("wav2vec2")) is WaveformModality
+    assert kind_of(processors("ast")) is SpectrogramModality
+    assert processed(processors("ast"), {}).shape == (32, 16)
+    assert processed(processors("whisper"), {}).shape == (16, 100)
     assert processors("hubert").marks_padding()
     assert not processors("wav2vec2").marks_padding()
 
 
 def test_spectrograms_without_a_length_of_their_own_end_in_zeros(tmp_path: Path) -> None:
     t.SeamlessM4TFeatureExtractor(num_mel_bins=8, feature_size=8).save_pretrained(tmp_path)
-    modality = Processor(str(tmp_path), "audio").make({"seconds": 2.0})
+    modality = processed(Processor(str(tmp_path), "audio"), {"seconds": 2.0})
     found = modality.decode({"wav": sound(0, 0)})
     assert found.shape == modality.shape == (99, 16)
     frames = (found != 0).any(1).nonzero().flatten()
@@ -195,10 +199,10 @@ def test_spectrograms_without_a_length_of_their_own_end_in_zeros(tmp_path: Path)
 def test_an_identity_follows_the_files(tmp_path: Path) -> None:
     for name, mean in (("a", 0.5), ("b", 0.5), ("c", 0.4)):
         t.ViTImageProcessor(image_mean=[mean] * 3).save_pretrained(tmp_path / name)
-    a, b, c = (Processor(str(tmp_path / name), "image").make({}).identity() for name in "abc")
+    a, b, c = (processed(Processor(str(tmp_path / name), "image"), {}).identity() for name in "abc")
     assert a == b != c
     assert json.loads(json.dumps(a)) == a
-    assert Processor(str(tmp_path / "a"), "image").make({"frames": 2}).identity() != a
+    assert processed(Processor(str(tmp_path / "a"), "image"), {"frames": 2}).identity() != a
 
 
 def test_processors_that_do_not_serve_are_refused(tmp_path: Path) -> None:
@@ -211,7 +215,7 @@ def test_processors_that_do_not_serve_are_refused(tmp_path: Path) -> None:
     ragged = t.CLIPImageProcessor(do_center_crop=False, size={"shortest_edge": 32})
     ragged.save_pretrained(tmp_path / "ragged")
     with pytest.raises(UsageError, match="batches need one shape"):
-        _ = Processor(str(tmp_path / "ragged"), "image").make({}).shape
+        _ = processed(Processor(str(tmp_path / "ragged"), "image"), {}).shape
 
 
 def test_processors_that_are_no_such_files_are_refused(
@@ -233,9 +237,9 @@ def test_a_text_needs_room_beside_the_special_tokens(
 ) -> None:
     assert len(decoded(processors("bert"), max_tokens=3)) == 3
     with pytest.raises(UsageError, match=r"max_tokens is 2, and the tokenizer adds 2"):
-        processors("bert").make({"max_tokens": 2})
+        processed(processors("bert"), {"max_tokens": 2})
     with pytest.raises(UsageError, match="max_tokens is 0"):
-        processors("bert").make({"max_tokens": 0})
+        processed(processors("bert"), {"max_tokens": 0})
 
 
 def test_processors_of_old_releases_are_read(tmp_path: Path) -> None:
@@ -247,7 +251,7 @@ def test_processors_of_old_releases_are_read(tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "vit"}))
         content = json.dumps({**common, **mean, **more})
         (tmp_path / name / "preprocessor_config.json").write_text(content)
-        modality = Processor(str(tmp_path / name), "image").make({})
+        modality = processed(Processor(str(tmp_path / name), "image"), {})
         assert modality.shape == (3, 16, 16)
         assert modality.decode({"png": picture(0, 0)}).abs().max() <= 1
 
@@ -266,7 +270,7 @@ def test_what_needs_torchvision_is_made_by_pillow(tmp_path: Path) -> None:
         "do_center_crop": None,
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    found = Processor(str(tmp_path), "image").make({}).decode({"png": picture(1, 0)})
+    found = processed(Processor(str(tmp_path), "image"), {}).decode({"png": picture(1, 0)})
     opened = Image.open(io.BytesIO(picture(1, 0))).resize((16, 16), Image.Resampling.BILINEAR)
     scaled = np.asarray(opened, dtype=np.float64).transpose(2, 0, 1) / 255
     mean, std = (np.array(config[key])[:, None, None] for key in ("image_mean", "image_std"))

@@ -13,7 +13,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from cmkd_scale.data.processors import PAD_TOKEN, Processor
+from cmkd_scale.data.processed import PAD_TOKEN, processed
+from cmkd_scale.data.processors import Processor
 from cmkd_scale.errors import UsageError
 from cmkd_scale.models.backbone import BackboneEncoder, build_backbone
 from cmkd_scale.models.backbone_spec import BackboneSpec, make_spec
@@ -56,7 +57,7 @@ def spec_of(directory: Path, name: str, **options: Any) -> BackboneSpec:
 
 def inputs_of(directory: Path, name: str, count: int = 3) -> Tensor:
     modality = FAMILIES[name].modality
-    reads = Processor(str(directory), modality).make({})
+    reads = processed(Processor(str(directory), modality), {})
     extension, make = CONTENT[modality]
     return torch.stack([reads.decode({extension: make(n % 3, n)}) for n in range(count)])
 
