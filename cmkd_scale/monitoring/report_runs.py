@@ -85,6 +85,14 @@ class Run:
         values = self.settings.get(section)
         return values.get(key) if isinstance(values, dict) else None
 
+    @property
+    def backbone(self) -> str:
+        """Where it comes from, or its family, and how it was trained; empty: a small encoder."""
+        options = self.setting("model", "backbone_config")
+        family = options.get("model_type") if isinstance(options, dict) else None
+        source = self.setting("model", "backbone") or family
+        return f"{source}, {self.setting('model', 'tuning')}" if source else ""
+
     def metric(self, name: str) -> float | None:
         """A number of ``results.json``'s ``metrics``; None if not measured or not finite."""
         value = self.results.get("metrics", {}).get(name)

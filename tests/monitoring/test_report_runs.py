@@ -270,3 +270,21 @@ def test_a_method_that_is_unset_is_the_usual_one(tmp_path: Path, stage: str, usu
     (run / "config.yaml").write_text("run: {seed: 1}\nmethod: {name: null, control: none}\n")
     [loaded] = load_runs([run])
     assert (loaded.method, loaded.ranks) == (usual, 4)
+
+
+def test_backbones_stand_in_the_provenance(tmp_path: Path) -> None:
+    small, large = make_run(tmp_path / "small"), make_run(tmp_path / "large", seed=1)
+    rest = "run: {seed: 1}\nmethod: {name: ce_ls}\n"
+    options = "model: {backbone: someone/vit-large, tuning: lora}\n"
+    (large / "config.yaml").write_text(rest + options)
+    family = make_run(tmp_path / "family", seed=2)
+    options = "model: {backbone_config: {model_type: resnet}, tuning: full}\n"
+    (family / "config.yaml").write_text(rest + options)
+    runs = load_runs([small, large, family])
+    assert [run.backbone for run in runs] == ["", "someone/vit-large, lora", "resnet, full"]
+    write_report([small, large], tmp_path / "both.html")
+    rows = Page(tmp_path / "both.html").rows
+    assert "backbone" in next(row for row in rows if "method" in row and "memory" in row)
+    assert any("someone/vit-large, lora" in row for row in rows)
+    write_report([small], tmp_path / "one.html")
+    assert not any("backbone" in row for row in Page(tmp_path / "one.html").rows)
