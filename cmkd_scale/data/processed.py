@@ -148,9 +148,10 @@ class WaveformModality(_Sound):
         """Change the speed, shift, add noise, silence a part."""
         u = rng.uniform(-1, 1, 3)
         size = len(inputs)
-        clip: NDArray[np.float32] = inputs[: int(inputs.count_nonzero())].numpy()
-        if not len(clip):
+        heard_at = inputs.nonzero()
+        if not len(heard_at):
             return inputs.clone()
+        clip: NDArray[np.float32] = inputs[: int(heard_at[-1]) + 1].numpy()
         faster = round(len(clip) * np.exp(u[0] * self.stretch_time))
         places = (np.arange(max(1, faster)) + 0.5) * len(clip) / max(1, faster) - 0.5
         clip = interpolate(clip, places)

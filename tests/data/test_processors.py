@@ -122,6 +122,17 @@ def test_what_is_behind_a_waveform_stays_silent(seed: int, length: int) -> None:
         assert int(heard[-1]) < min(4000, length * np.exp(0.3) + 0.2 * 4000 + 2)
 
 
+def test_silence_inside_a_clip_is_no_end_of_it(tmp_path: Path) -> None:
+    """Where nothing is normalised, as by WavLM's, it is exactly 0."""
+    t.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path)
+    still = dict.fromkeys(("shift_time", "stretch_time", "noise", "mask_seconds"), 0.0)
+    modality = processed(Processor(str(tmp_path), "audio"), still)
+    samples = np.zeros(3000, np.float32)
+    samples[:500] = samples[2000:2600] = 0.25
+    sample = modality.decode({"wav": wav_bytes(samples, RATE)})
+    assert torch.equal(modality.augment(sample, np.random.default_rng(0)), sample)
+
+
 def test_special_tokens_outlive_augmentation(processors: Callable[[str], Processor]) -> None:
     processor = processors("bert")
     modality = processed(processor, {"drop": 0.9, "substitute": 0.5})
