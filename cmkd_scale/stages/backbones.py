@@ -128,12 +128,13 @@ def keep_files(
     kept = directory / "config.json"
 
     def write() -> None:
+        if kept.is_file():  # written last; what a run was begun with is not replaced
+            return
         try:
             directory.mkdir(exist_ok=True)
             if files is not None:
                 copy_processor(Processor(str(files.directory), modality), directory)
-            if not kept.is_file():
-                write_atomically(kept, to_json(spec.config))
+            write_atomically(kept, to_json(spec.config))
         except OSError as error:
             raise UsageError(f"{directory} cannot be written: {error}. Free space.") from None
 

@@ -188,6 +188,18 @@ def test_a_run_goes_on_under_a_library_with_more_options(
     assert "newer" not in spec.config
 
 
+def test_a_refused_start_leaves_the_run_as_it_was(hub: Hub, tmp_path: Path) -> None:
+    """The backbone's directory has changed since the run was begun."""
+    shutil.copytree(hub.root / "vit", tmp_path / "vit")
+    config = hub.config(tmp_path / "t", "image", model={"backbone": str(tmp_path / "vit")})
+    teacher(config, console=False)
+    file = tmp_path / "vit" / "preprocessor_config.json"
+    file.write_text(file.read_text().replace("0.5", "0.4", 1))
+    with pytest.raises(IntegrityError, match="another model"):
+        teacher(config, console=False)
+    assert load_trained(tmp_path / "t", "teacher").processor is not None
+
+
 def test_options_that_do_not_go_together_are_refused(hub: Hub, tmp_path: Path) -> None:
     def refused(match: str, modality: str = "image", **sections: dict[str, Any]) -> None:
         run = tmp_path / match[:8]
