@@ -10,6 +10,7 @@ worker or batch size. ``data.mode`` says how:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -26,7 +27,7 @@ Mode = Literal["unpaired", "class_matched", "paired"]
 _TEACHER = 0x74656163686572  # sets these draws apart from those of epochs
 
 
-class Partners:
+class Partners(ABC):
     """Of a teacher, one sample for each student sample of a batch."""
 
     def __init__(
@@ -97,9 +98,9 @@ class Partners:
         """
         return self._read(self._choose(batch, counts), *np.divmod(counts, epoch_size))
 
+    @abstractmethod
     def _read(self, places: Ints, epoch: Ints, position: Ints) -> dict[str, Tensor]:
         """What a step reads of the samples at ``places`` [B]."""
-        raise NotImplementedError
 
     def _choose(self, batch: Batch, counts: Ints) -> Ints:
         if self.mode == "paired":

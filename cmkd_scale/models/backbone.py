@@ -49,10 +49,7 @@ class BackboneEncoder(nn.Module):
         self.spec = spec
         self.keep_stages = False
         """Whether the outputs of its blocks are returned, too: they take memory."""
-        if not spec.pretrained:
-            self.has_group_norm = batch_norm_to_group_norm(backbone) > 0
-        else:
-            self.has_group_norm = False
+        self.has_group_norm = not spec.pretrained and batch_norm_to_group_norm(backbone) > 0
         self.backbone = backbone
         self.out_dim = 0
         self._input = str(backbone.main_input_name)

@@ -8,6 +8,7 @@ learns along (C2KD) is a part of the module like any other.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,7 @@ from cmkd_scale.records import ModelOutput
 Values = dict[str, Tensor | tuple[Tensor, ...] | float | None]
 
 
-class SampleTeacher(nn.Module):
+class SampleTeacher(nn.Module, ABC):
     """A teacher read in the student's classes; where its outputs come from, subclasses say."""
 
     provides = frozenset(
@@ -89,9 +90,9 @@ class SampleTeacher(nn.Module):
         scores = nn.functional.linear(features, weight.detach(), bias.detach())
         return self._in_student_classes(scores)
 
+    @abstractmethod
     def _head(self) -> tuple[Tensor, Tensor]:
         """Weight [C, E] and bias [C], classes as the teacher has them."""
-        raise NotImplementedError
 
     def _values(self, features: Tensor, logits: Tensor, labels: Tensor) -> Values:
         return {

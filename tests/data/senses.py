@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,12 @@ def text(label: int, number: int) -> bytes:
     return f"{words[0]} {words[1]} {words[0]}".encode()
 
 
-_MEMBERS = {"image": ("png", picture), "audio": ("wav", sound), "text": ("txt", text)}
+MEMBERS: dict[str, tuple[str, Callable[[int, int], bytes]]] = {
+    "image": ("png", picture),
+    "audio": ("wav", sound),
+    "text": ("txt", text),
+}
+"""Modality -> file extension, and what makes a sample of a label and a number."""
 
 
 class _Split:
@@ -58,7 +63,7 @@ class _Split:
 
     def __getitem__(self, index: int) -> Sample:
         label = index % CLASSES
-        extension, make = _MEMBERS[self._modality]
+        extension, make = MEMBERS[self._modality]
         offset = {"train": 0, "validation": 1000, "test": 2000}[self.split]
         members = {extension: make(label, offset + index), "cls": str(label).encode()}
         return Sample(key=f"{self.split}-{index:04d}", label=label, members=members)

@@ -27,11 +27,10 @@ from cmkd_scale.data.processed import (
 )
 from cmkd_scale.data.processors import Processor
 from cmkd_scale.errors import UsageError
-from tests.data.senses import RATE, picture, sound, text
+from tests.data.senses import MEMBERS, RATE, picture, sound, text
 from tests.models.backbones import FAMILIES
 
 t: Any = transformers
-CONTENT = {"image": ("png", picture), "audio": ("wav", sound), "text": ("txt", text)}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def processors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Proc
 
 
 def decoded(processor: Processor, number: int = 0, **options: Any) -> torch.Tensor:
-    extension, make = CONTENT[processor.modality]
+    extension, make = MEMBERS[processor.modality]
     return processed(processor, options).decode({extension: make(number % 3, number)})
 
 
@@ -176,7 +175,7 @@ def test_a_modality_travels_between_processes(processors: Callable[[str], Proces
         modality: Modality = processed(processors(name), {})
         again = ForkingPickler.loads(ForkingPickler.dumps(modality))
         assert again == modality
-        extension, make = CONTENT[processors(name).modality]
+        extension, make = MEMBERS[processors(name).modality]
         content = {extension: make(0, 0)}
         assert torch.equal(again.decode(content), modality.decode(content))
 

@@ -20,14 +20,8 @@ from cmkd_scale.models.backbone import BackboneEncoder, build_backbone
 from cmkd_scale.models.backbone_spec import BackboneSpec, make_spec
 from cmkd_scale.models.model import Model, build_model
 from cmkd_scale.models.pretrained import pretrained_config, random_config
-from tests.data.senses import picture, sound, text
+from tests.data.senses import MEMBERS
 from tests.models.backbones import FAMILIES, save_backbone
-
-CONTENT: dict[str, tuple[str, Callable[[int, int], bytes]]] = {
-    "image": ("png", picture),
-    "audio": ("wav", sound),
-    "text": ("txt", text),
-}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +52,7 @@ def spec_of(directory: Path, name: str, **options: Any) -> BackboneSpec:
 def inputs_of(directory: Path, name: str, count: int = 3) -> Tensor:
     modality = FAMILIES[name].modality
     reads = processed(Processor(str(directory), modality), {})
-    extension, make = CONTENT[modality]
+    extension, make = MEMBERS[modality]
     return torch.stack([reads.decode({extension: make(n % 3, n)}) for n in range(count)])
 
 
@@ -86,7 +80,7 @@ def reference(directory: Path, name: str) -> Tensor:
     model = whole_model(directory, name)
     rows = []
     for number in range(3):
-        _, make = CONTENT[modality]
+        _, make = MEMBERS[modality]
         content = make(number % 3, number)
         if modality == "text":
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory)

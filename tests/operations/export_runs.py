@@ -33,18 +33,26 @@ SPECS: dict[str, tuple[str, dict[str, float | int]]] = {
 """Modality and transform by the name of a run."""
 
 
-def make_spec(name: str) -> ModelSpec:
-    modality, transform = SPECS[name]
+def small_spec(
+    modality: str, transform: dict[str, float | int], *, width: int, label_names: tuple[str, ...]
+) -> ModelSpec:
+    """Of the usual small encoder."""
     return ModelSpec(
         modality=modality,
         transform=transform,
         encoder=None,
         shape=make_modality(modality, transform).shape,
-        width=16,
+        width=width,
         depth=1,
         feature_dim=8,
-        label_names=("up", "down", "<b>left|right</b>"),
+        label_names=label_names,
     )
+
+
+def make_spec(name: str) -> ModelSpec:
+    modality, transform = SPECS[name]
+    names = ("up", "down", "<b>left|right</b>")
+    return small_spec(modality, transform, width=16, label_names=names)
 
 
 def make_run(

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from cmkd_scale.models.model import Model
 from cmkd_scale.operations.export import export
-from cmkd_scale.stages.common import ModelSpec
-from cmkd_scale.stages.streams import make_modality
-from tests.operations.export_runs import make_run
+from tests.operations.export_runs import make_run, small_spec
 
 LABELS = ("zero", "one", "two", "three", "four", "five", "six")
 
@@ -22,17 +20,7 @@ def write_random(
     graph: bool = False,
 ) -> Model:
     """Write a small model of the modality, and its graph if asked for; returns it."""
-    options = dict(transform or {})
-    spec = ModelSpec(
-        modality=modality,
-        transform=options,
-        encoder=None,
-        shape=make_modality(modality, options).shape,
-        width=8,
-        depth=1,
-        feature_dim=8,
-        label_names=LABELS,
-    )
+    spec = small_spec(modality, dict(transform or {}), width=8, label_names=LABELS)
     run = directory.with_name(f"run of {directory.name}")
     model = make_run(run, spec=spec)
     export(run, format="onnx" if graph else "safetensors", out=directory)

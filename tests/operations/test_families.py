@@ -22,12 +22,11 @@ from cmkd_scale.stages.build_memory import memory
 from cmkd_scale.stages.common import load_trained
 from cmkd_scale.stages.student import student
 from cmkd_scale.stages.teacher import teacher
-from tests.data.senses import build_senses, picture, sound, text
+from tests.data.senses import MEMBERS, build_senses
 from tests.models.backbones import FAMILIES, save_backbone
 
 pytestmark = pytest.mark.slow
 
-CONTENT = {"image": ("png", picture), "audio": ("wav", sound), "text": ("txt", text)}
 TAUGHT_BY = {"image": "audio", "audio": "image", "text": "image"}
 
 
@@ -36,7 +35,7 @@ class Stories:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for modality in CONTENT:
+        for modality in MEMBERS:
             build_senses(root / modality, modality)
 
     def backbone(self, name: str) -> Path:
@@ -81,7 +80,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Stories:
 
 
 def files_of(modality: str, directory: Path) -> list[Path]:
-    extension, make = CONTENT[modality]
+    extension, make = MEMBERS[modality]
     directory.mkdir()
     found = [directory / f"{number}.{extension}" for number in range(4)]
     for number, path in enumerate(found):
@@ -115,7 +114,7 @@ def test_a_family_teaches_learns_is_exported_and_predicts(
     # What the trained student says of the same bytes, before any export.
     trained = load_trained(run, "student")
     reads = load_exported(out).modality
-    extension, _ = CONTENT[modality]
+    extension, _ = MEMBERS[modality]
     inputs = torch.stack([reads.decode({extension: path.read_bytes()}) for path in files])
     with torch.no_grad():
         expected = torch.softmax(trained.model.eval()(inputs).logits.double(), 1).numpy()

@@ -24,7 +24,6 @@ from tests.models.backbones import FAMILIES, save_backbone
 from tests.operations.export_runs import make_backbone_run
 from tests.operations.test_predict_hostile import BAD, FINE
 
-_EXTENSION = {"image": "png", "audio": "wav", "text": "txt"}
 t: Any = transformers
 
 
@@ -37,8 +36,8 @@ def export_backbone(root: Path, family: str, format: str = "safetensors") -> tup
 
 
 def write_samples(root: Path, modality: str) -> list[Path]:
-    made = {"image": senses.picture, "audio": senses.sound, "text": senses.text}[modality]
-    files = [root / f"{label}.{_EXTENSION[modality]}" for label in range(3)]
+    extension, made = senses.MEMBERS[modality]
+    files = [root / f"{label}.{extension}" for label in range(3)]
     for label, file in enumerate(files):
         file.write_bytes(made(label, label))
     return files
